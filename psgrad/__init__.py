@@ -1,0 +1,1 @@
+"""psgrad: per-sample gradients in PyTorch."""

@@ -1,0 +1,80 @@
+"""The layout verbs: moving, merging and splitting the vmapped axis.
+
+`B` is the vmapped axis and `bdim` its position; `(BN)` is one merged axis, `B` outer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psgrad.errors import ShapeError
+
+__all__ = ["make_dummy", "move_batch_dim_to_front", "reshape_dim_into", "reshape_dim_outof"]
+
+
+def _axis(position: int, ndim: int, what: str) -> int:
+    if not -ndim <= position < ndim:
+        raise ShapeError(f"{what} {position} is out of range for a tensor of {ndim} axes")
+    return position % ndim
+
+
+def move_batch_dim_to_front(t: Tensor, bdim: int | None) -> Tensor:
+    """Return `t` with axis `bdim` first; `t` itself when it is not batched.
+
+    Raises
+    ------
+    ShapeError
+        If `bdim` is out of range.
+
+    """
+    return t if bdim is None else t.movedim(_axis(bdim, t.ndim, "bdim"), 0)
+
+
+def reshape_dim_into(bdim: int, dim: int, t: Tensor) -> Tensor:
+    """Move axis `bdim` in front of axis `dim` of the remaining axes and merge the two, `B` outer.
+
+    `dim` counts the axes that are left when `bdim` is taken out: `BNI` with bdim 0 and dim 0 gives
+    `(BN)I`, with dim 1 `N(BI)`.
+
+    Raises
+    ------
+    ShapeError
+        If `bdim` or `dim` is out of range.
+
+    """
+    bdim = _axis(bdim, t.ndim, "bdim")
+    dim = _axis(dim, t.ndim - 1, "dim")
+    moved = t.movedim(bdim, dim)
+    return moved.flatten(dim, dim + 1)
+
+
+def reshape_dim_outof(dim: int, size: int, t: Tensor) -> Tensor:
+    """Split axis `dim` into `(size, rest)`.
+
+    Raises
+    ------
+    ShapeError
+        If the axis is not a multiple of `size`. A size of 0 needs an axis of length 0, and then
+        `rest` is not determined: it is taken to be 0.
+
+    """
+    dim = _axis(dim, t.ndim, "dim")
+    length = t.shape[dim]
+    if length % size if size else length:
+        raise ShapeError(f"axis {dim} of {tuple(t.shape)} does not split into {size} equal parts")
+    rest = length // size if size else 0
+    return t.reshape(*t.shape[:dim], size, rest, *t.shape[dim + 1 :])
+
+
+def make_dummy(t: Tensor, bdim: int | None, dim: int, batch_size: int) -> Tensor:
+    """Return a tensor of the unbatched shape of `t`, axis `dim` `batch_size` times as long.
+
+    It stands where a backend wants a shape and must not read a value: one uninitialised element of
+    storage, expanded.
+    """
+    shape = list(t.shape)
+    if bdim is not None:
+        del shape[_axis(bdim, t.ndim, "bdim")]
+    shape[_axis(dim, len(shape), "dim")] *= batch_size
+    return torch.empty((), dtype=t.dtype, device=t.device).expand(shape)

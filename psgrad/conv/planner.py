@@ -1,0 +1,149 @@
+"""Which strategy serves a problem: a pure choice from refusals and costs that explains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.problem import WeightGradProblem, normalise
+from psgrad.conv.strategies import STRATEGIES, Cost, Strategy, Verb
+from psgrad.errors import StrategyError
+
+__all__ = ["DeviceRates", "Plan", "choose", "plan"]
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What a device does per second: FLOPs of a good matrix product, bytes moved, and a call's price.
+
+    Attributes
+    ----------
+    flops
+        FLOP/s in float32.
+    bytes
+        Bytes/s of a large copy.
+    call
+        Seconds from calling an operator to its work beginning.
+
+    """
+
+    flops: float
+    bytes: float
+    call: float
+
+
+RATES = {
+    "cpu": DeviceRates(flops=1.0e11, bytes=1.0e10, call=1.0e-5),
+    "cuda": DeviceRates(flops=5.0e13, bytes=2.5e12, call=1.0e-5),
+}
+"""Orders of magnitude by device type; only their ratios enter a choice."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice of strategy and the reasons for it. `print(plan)` shows both.
+
+    Attributes
+    ----------
+    chosen
+        Name of the strategy.
+    verb
+        What is to be computed.
+    problem
+        The normalised problem.
+    seconds
+        Estimated seconds of every strategy that can serve the problem.
+    costs
+        Their costs.
+    refusals
+        Why each of the others cannot.
+
+    """
+
+    chosen: str
+    verb: Verb
+    problem: WeightGradProblem
+    seconds: dict[str, float]
+    costs: dict[str, Cost]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        """One line for the problem, one per strategy."""
+        p = self.problem
+        head = (
+            f"{self.verb} of a convolution: N={p.samples} K={p.rows_per_sample} G={p.groups} "
+            f"O={p.out_per_group} I={p.in_per_group} kernel={p.geometry.kernel_size} T={p.output_size} "
+            f"{p.dtype} on {p.device}"
+        )
+        lines = [head]
+        for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1]):
+            cost = self.costs[name]
+            mark = "->" if name == self.chosen else "  "
+            lines.append(
+                f"{mark} {name:8s} about {1e3 * seconds:.3g} ms: {cost.flops / 1e9:.3g} GFLOP"
+                f" at 1/{cost.slowdown:g} rate, {cost.bytes / 1e6:.3g} MB moved, {cost.calls} calls,"
+                f" {cost.peak_bytes / 1e6:.3g} MB temporary"
+            )
+        lines += [f"   {name:8s} refused: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
+    """Plan a normalised problem: the strategy of least estimated time among those that can serve it."""
+    rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
+    seconds, costs, refusals = {}, {}, {}
+    for name, strategy in STRATEGIES.items():
+        reason = strategy.refusal(problem, verb)
+        if reason is not None:
+            refusals[name] = reason
+            continue
+        cost = strategy.cost(problem, verb)
+        costs[name] = cost
+        seconds[name] = (
+            cost.flops * cost.slowdown / rates.flops + cost.bytes / rates.bytes + cost.calls * rates.call
+        )
+    chosen = min(seconds, key=lambda name: seconds[name])
+    return Plan(chosen, verb, problem, seconds, costs, refusals)
+
+
+def plan(
+    x: Tensor, grad_output: Tensor, weight_shape: Sequence[int], geometry: ConvGeometry, verb: Verb
+) -> Plan:
+    """Say which strategy `weight_grads` ("grads") or `weight_grad_sq_norms` ("sq_norms") would take.
+
+    Takes the arguments of these functions; reads shapes only. The same problem gives the same plan.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    StrategyError
+        If the verb does not exist.
+
+    """
+    if verb not in ("grads", "sq_norms"):
+        raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
+    return choose(normalise(x, grad_output, weight_shape, geometry)[2], verb)
+
+
+def resolve(name: str, problem: WeightGradProblem, verb: Verb) -> Strategy:
+    """Return the strategy of this name, or for "auto" the planned one.
+
+    Raises
+    ------
+    StrategyError
+        If there is no such strategy, or it was named and refuses.
+
+    """
+    if name == "auto":
+        return STRATEGIES[choose(problem, verb).chosen]
+    if name not in STRATEGIES:
+        raise StrategyError(f"no strategy {name!r}: there are {', '.join(['auto', *STRATEGIES])}")
+    strategy = STRATEGIES[name]
+    reason = strategy.refusal(problem, verb)
+    if reason is not None:
+        raise StrategyError(f"strategy {name!r} refuses {verb} of weight {problem.weight_shape}: {reason}")
+    return strategy

@@ -1,0 +1,86 @@
+"""`loop`: one `convolution_backward` per sample."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.base import Cost, Strategy, Verb, accumulation_dtype, squared_norms
+
+__all__ = ["Loop", "ordinary_weight_grad"]
+
+
+class Loop(Strategy):
+    """The ordinary weight gradient of every sample's rows, one after the other.
+
+    Always right, and on a CPU nearly always fastest: each call is one well-tuned oneDNN primitive
+    and the result goes into a preallocated buffer.
+    """
+
+    name = "loop"
+
+    def refusal(self, problem: WeightGradProblem, verb: Verb) -> str | None:
+        """Never refuse."""
+        return None
+
+    def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
+        """F FLOPs in N calls; every gradient is written, and read again to copy or square it."""
+        operands = problem.rows_per_sample * (
+            problem.groups * problem.in_per_group * prod(problem.input_size)
+            + problem.groups * problem.out_per_group * problem.positions
+        )
+        per_sample = operands * problem.dtype.itemsize + 3 * problem.gradient_bytes
+        return Cost(
+            flops=problem.flops,
+            bytes=problem.samples * per_sample,
+            calls=2 * problem.samples,
+            peak_bytes=problem.gradient_bytes,
+        )
+
+    def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.grads`."""
+        out = x.new_empty(problem.samples, *problem.weight_shape)
+        rows = problem.rows_per_sample
+        for n in range(problem.samples):
+            part = slice(n * rows, (n + 1) * rows)
+            out[n] = ordinary_weight_grad(x[part], grad[part], problem)
+        return out
+
+    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.sq_norms`; one gradient is alive at a time."""
+        out = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
+        rows = problem.rows_per_sample
+        for n in range(problem.samples):
+            part = slice(n * rows, (n + 1) * rows)
+            weight_grad = ordinary_weight_grad(x[part], grad[part], problem)
+            out[n] = squared_norms(weight_grad.reshape(1, -1))[0]
+        return out
+
+
+def ordinary_weight_grad(
+    x: Tensor, grad: Tensor, problem: WeightGradProblem, groups_factor: int = 1
+) -> Tensor:
+    """Weight gradient summed over all rows: `N(GO), N(GI) -> (GO)I k`.
+
+    `groups_factor` multiplies both the groups and the first axis of the result, for rules that fold
+    an axis into the channels.
+    """
+    geometry = problem.geometry
+    out_channels, *rest = problem.weight_shape
+    dummy = x.new_empty(()).expand(out_channels * groups_factor, *rest)
+    return torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        dummy,
+        None,
+        geometry.stride,
+        geometry.symmetric_padding,
+        geometry.dilation,
+        False,
+        (0,) * len(geometry.stride),
+        geometry.groups * groups_factor,
+        (False, True, False),
+    )[1]

@@ -1,0 +1,105 @@
+"""`unfold`: im2col and one batched matrix product over samples and groups."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.base import CHUNK_BYTES, Cost, Strategy, Verb, samples_within
+
+__all__ = ["Unfold", "patches"]
+
+
+class Unfold(Strategy):
+    """`NG O(KT) @ NG (KT)(Ik) -> NG O(Ik)`, in chunks of samples.
+
+    The unfolded copy of x never exceeds a budget (one sample's share excepted). Groups are kept
+    apart, so that no product of one group with another is computed. Where the kernel is one
+    element, or as large as the stride, nothing is duplicated.
+    """
+
+    name = "unfold"
+
+    def refusal(self, problem: WeightGradProblem, verb: Verb) -> str | None:
+        """Never refuse."""
+        return None
+
+    def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
+        """F FLOPs; the unfolded copy is written and read; a call per chunk and operation."""
+        unfolded = self._unfolded_bytes(problem)
+        chunks = -(-problem.samples // samples_within(CHUNK_BYTES, unfolded))
+        grad_bytes = problem.rows_per_sample * problem.positions * problem.groups * problem.out_per_group
+        per_sample = 3 * unfolded + 2 * grad_bytes * problem.dtype.itemsize + problem.gradient_bytes
+        return Cost(
+            flops=problem.flops,
+            bytes=problem.samples * per_sample,
+            calls=6 * chunks,
+            peak_bytes=min(max(CHUNK_BYTES, unfolded), problem.samples * unfolded),
+        )
+
+    def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.grads`."""
+        n, k, g = problem.samples, problem.rows_per_sample, problem.groups
+        out = x.new_empty(n, g, problem.out_per_group, problem.weight_numel // (g * problem.out_per_group))
+        chunk = samples_within(CHUNK_BYTES, self._unfolded_bytes(problem))
+        for start in range(0, n, chunk):
+            count = min(chunk, n - start)
+            rows = slice(start * k, (start + count) * k)
+            # (nK)(GO)T -> nK GO T -> nGO KT -> nG O(KT)
+            left = grad[rows].reshape(count, k, g, problem.out_per_group, problem.positions)
+            left = left.permute(0, 2, 3, 1, 4).flatten(3)
+            # nG (Ik) (KT) -> nG (KT)(Ik)
+            right = patches(x[rows], problem, count).transpose(2, 3)
+            torch.matmul(left, right, out=out[start : start + count])
+        return out.reshape(n, *problem.weight_shape)
+
+    @staticmethod
+    def _unfolded_bytes(problem: WeightGradProblem) -> int:
+        """Bytes of one sample's unfolded input."""
+        window = problem.groups * problem.in_per_group * problem.geometry.kernel_positions
+        return window * problem.positions * problem.rows_per_sample * problem.dtype.itemsize
+
+
+def patches(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
+    """Im2col: `(NK)(GI)S -> N G (I k) (K T)`, the input element that meets kernel offset d at output t.
+
+    The windows are a strided view of the padded input; the copy is made once, in the order that the
+    matrix product reads.
+    """
+    geometry = problem.geometry
+    padding = [p for p in reversed(geometry.symmetric_padding) for _ in range(2)]
+    padded = F.pad(x, padding) if any(padding) else x
+    rank = padded.ndim - 2
+    row, channel, *spatial = padded.stride()
+    assert geometry.kernel_size is not None
+    windows = padded.as_strided(
+        # N K G I k.. T..
+        (
+            samples,
+            problem.rows_per_sample,
+            problem.groups,
+            problem.in_per_group,
+            *geometry.kernel_size,
+            *problem.output_size,
+        ),
+        (
+            row * problem.rows_per_sample,
+            row,
+            channel * problem.in_per_group,
+            channel,
+            *(s * d for s, d in zip(spatial, geometry.dilation, strict=True)),
+            *(s * d for s, d in zip(spatial, geometry.stride, strict=True)),
+        ),
+        padded.storage_offset(),
+    )
+    kernel_axes = range(4, 4 + rank)
+    position_axes = range(4 + rank, 4 + 2 * rank)
+    ordered = windows.permute(0, 2, 3, *kernel_axes, 1, *position_axes)
+    return ordered.reshape(
+        samples,
+        problem.groups,
+        problem.in_per_group * geometry.kernel_positions,
+        problem.rows_per_sample * problem.positions,
+    )

@@ -1,0 +1,130 @@
+"""The three verbs for a convolution's weight: per-sample gradients, squared norms, weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.planner import resolve
+from psgrad.conv.problem import normalise
+from psgrad.conv.strategies.loop import ordinary_weight_grad
+from psgrad.errors import ShapeError
+
+__all__ = ["weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
+
+
+@torch.no_grad()
+def weight_grads(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    strategy: str = "auto",
+    *,
+    rows_per_sample: int = 1,
+) -> Tensor:
+    """Compute the weight gradient of every sample.
+
+    Parameters
+    ----------
+    x
+        Input `[(N K), C_in, *spatial]`, any memory layout.
+    grad_output
+        Gradient of the output `[(N K), C_out, *spatial]`, of the dtype and device of x.
+    weight_shape
+        `[C_out, C_in / groups, *kernel]`; transposed `[C_in, C_out / groups, *kernel]`.
+    geometry
+        Of the convolution.
+    strategy
+        "auto" for the planner's choice, or a name of `psgrad.conv.strategies.STRATEGIES`.
+    rows_per_sample
+        K, the consecutive rows of the batch that make one sample.
+
+    Returns
+    -------
+    Tensor
+        `[N, *weight_shape]` of the dtype of x, contiguous, detached: entry n is the gradient of
+        rows n K to (n + 1) K alone. An empty batch gives `[0, *weight_shape]`.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    StrategyError
+        If the strategy does not exist or refuses.
+
+    """
+    x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
+
+
+@torch.no_grad()
+def weight_grad_sq_norms(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    strategy: str = "auto",
+    *,
+    rows_per_sample: int = 1,
+) -> Tensor:
+    """Compute the squared L2 norm of every sample's weight gradient, never all gradients at once.
+
+    Arguments and errors are those of `weight_grads`.
+
+    Returns
+    -------
+    Tensor
+        `[N]`, float64 for float64 operands and float32 for all others.
+
+    """
+    x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    return resolve(strategy, problem, "sq_norms").sq_norms(x, grad_output, problem)
+
+
+@torch.no_grad()
+def weighted_weight_grad(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    factors: Tensor,
+    *,
+    rows_per_sample: int = 1,
+) -> Tensor:
+    """Compute `sum_n factors[n] * grads[n]` at the price of one ordinary weight gradient.
+
+    A factor of exactly 0 removes its sample, also one whose gradient is not finite.
+
+    Parameters
+    ----------
+    x, grad_output, weight_shape, geometry, rows_per_sample
+        As for `weight_grads`.
+    factors
+        `[N]`.
+
+    Returns
+    -------
+    Tensor
+        `[*weight_shape]`, of the dtype of x.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+
+    """
+    x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if factors.shape != (problem.samples,):
+        raise ShapeError(f"factors {tuple(factors.shape)} for {problem.samples} samples")
+    if problem.samples == 0:
+        return x.new_zeros(problem.weight_shape)
+    rows = factors.to(x.dtype).repeat_interleave(problem.rows_per_sample)
+    rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
+    # 0 * inf is not 0: both operands of a removed sample are masked.
+    removed = rows == 0
+    weighted = (grad_output * rows).masked_fill(removed, 0)
+    return ordinary_weight_grad(x.masked_fill(removed, 0), weighted, problem)
