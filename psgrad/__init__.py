@@ -1,1 +1,25 @@
-"""psgrad: per-sample gradients in PyTorch."""
+"""psgrad: per-sample gradients in PyTorch, exact and fast, convolutions first."""
+
+from psgrad.clipping import ClipPerSample, ClipResult, clip_per_sample
+from psgrad.errors import (
+    CaptureError,
+    ConfigError,
+    PsgradError,
+    RefusedModelError,
+    ShapeError,
+    StrategyError,
+)
+from psgrad.per_sample import PerSampleGrads
+
+__all__ = [
+    "CaptureError",
+    "ClipPerSample",
+    "ClipResult",
+    "ConfigError",
+    "PerSampleGrads",
+    "PsgradError",
+    "RefusedModelError",
+    "ShapeError",
+    "StrategyError",
+    "clip_per_sample",
+]

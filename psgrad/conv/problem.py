@@ -154,14 +154,20 @@ def normalise(
             geometry.dilation,
             groups=geometry.groups,
         )
-        # An output_padding of a stride or more makes an output that no position of x reaches.
-        for axis, (size, reached) in enumerate(
-            zip(geometry.output_size(x.shape[2:]), grad_output.shape[2:], strict=True)
-        ):
-            unreached = (size - reached) * geometry.stride[axis]
-            x = x.narrow(axis + 2, 0, x.shape[axis + 2] - unreached)
-    if not geometry.is_padding_symmetric:
-        x, geometry = _pad_to_symmetry(x, geometry)
+        # An output_padding of a stride or more lets this convolution reach too far: pad less after.
+        ends = [
+            (before, after - (size - reached) * stride)
+            for (before, after), stride, size, reached in zip(
+                geometry.padding,
+                geometry.stride,
+                geometry.output_size(x.shape[2:]),
+                grad_output.shape[2:],
+                strict=True,
+            )
+        ]
+    else:
+        ends = list(geometry.padding)
+    x, geometry = _pad_to_symmetry(x, geometry, ends)
     problem = WeightGradProblem(
         samples=rows // rows_per_sample,
         rows_per_sample=rows_per_sample,
@@ -176,15 +182,21 @@ def normalise(
     return x, grad_output, problem
 
 
-def _pad_to_symmetry(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
-    """Pad x where one side wants more than the other, so that the rest is the same on both."""
-    both = geometry.symmetric_padding
+def _pad_to_symmetry(
+    x: Tensor, geometry: ConvGeometry, ends: Sequence[tuple[int, int]]
+) -> tuple[Tensor, ConvGeometry]:
+    """Pad x where one side wants more than the other, so that the rest is the same on both.
+
+    `ends` replaces the padding of `geometry`; a negative end cuts elements off.
+    """
+    both = tuple(max(0, min(pair)) for pair in ends)
     extra = [
         end
-        for (before, after), least in reversed(list(zip(geometry.padding, both, strict=True)))
+        for (before, after), least in reversed(list(zip(ends, both, strict=True)))
         for end in (before - least, after - least)
     ]
-    padded = F.pad(x, extra)
-    return padded, ConvGeometry(
+    if any(extra):
+        x = F.pad(x, extra)
+    return x, ConvGeometry(
         geometry.kernel_size, geometry.stride, both, geometry.dilation, groups=geometry.groups
     )

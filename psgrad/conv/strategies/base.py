@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.problem import WeightGradProblem
 
-__all__ = ["Cost", "Strategy", "Verb", "accumulation_dtype"]
+__all__ = ["Cost", "Strategy", "Verb"]
 
 Verb = Literal["grads", "sq_norms"]
 
@@ -77,17 +77,6 @@ class Strategy(ABC):
             grads = self.grads(x_chunk, grad_chunk, part).flatten(1)
             norms[start : start + chunk] = squared_norms(grads)
         return norms
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over `dtype` are kept: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norm of each row of `[N, P]`, accumulated in float32 at least."""
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(rows.dtype))
-    return norms.square()
 
 
 def samples_within(budget: int, bytes_per_sample: int) -> int:

@@ -7,8 +7,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb, accumulation_dtype, squared_norms
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
 __all__ = ["Loop", "ordinary_weight_grad"]
 

@@ -1,0 +1,137 @@
+"""What a captured layer contributes to its parameters' gradients, open to the three verbs.
+
+Consumers (per-sample gradients, norms, clipping) see contributions only: no layer, no strategy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.layers import LayerCall, LayerRule
+from psgrad.layers.base import drop_removed, squared_norms
+
+__all__ = ["Contribution", "KeptGrads", "LayerUse", "PerParameter"]
+
+PerParameter = dict[nn.Parameter, Tensor]
+
+
+class Contribution(ABC):
+    """The per-sample gradients of some parameters, not necessarily written out.
+
+    Attributes
+    ----------
+    path
+        Of the module the parameters were used in.
+    samples
+        N.
+    parameters
+        The parameters, in the module's order.
+
+    """
+
+    path: str
+    samples: int
+    parameters: tuple[nn.Parameter, ...]
+
+    @abstractmethod
+    def grads(self) -> PerParameter:
+        """Per-sample gradient `[N, *p.shape]` of each parameter."""
+
+    @abstractmethod
+    def sq_norms(self) -> PerParameter:
+        """Squared norm `[N]` for each parameter, float32 at least."""
+
+    @abstractmethod
+    def weighted_sum(self, factors: Tensor) -> PerParameter:
+        """`sum_n factors[n] * grads[n]` for each parameter, in its shape.
+
+        `factors` is `[N]`; a factor of exactly 0 removes its sample, also one that is not finite.
+        """
+
+    @abstractmethod
+    def kept(self) -> Contribution:
+        """Return the form to hold between the two verbs of clipping that takes the least memory."""
+
+
+@dataclass(frozen=True)
+class KeptGrads(Contribution):
+    """Gradients that are written out."""
+
+    path: str
+    written: PerParameter
+    samples: int
+    parameters: tuple[nn.Parameter, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.written))
+
+    def grads(self) -> PerParameter:
+        """See `Contribution.grads`."""
+        return self.written
+
+    def sq_norms(self) -> PerParameter:
+        """See `Contribution.sq_norms`."""
+        return {p: squared_norms(grad.flatten(1)) for p, grad in self.written.items()}
+
+    def weighted_sum(self, factors: Tensor) -> PerParameter:
+        """See `Contribution.weighted_sum`."""
+        any_removed = bool((factors == 0).any())
+        return {
+            p: torch.tensordot(
+                factors.to(grad.dtype), drop_removed(grad, factors) if any_removed else grad, 1
+            )
+            for p, grad in self.written.items()
+        }
+
+    def kept(self) -> Contribution:
+        """See `Contribution.kept`."""
+        return self
+
+    def __add__(self, other: Contribution) -> KeptGrads:
+        """Add up two uses of the same parameters, sample by sample: a norm is that of the sum."""
+        total = dict(self.written)
+        for p, grad in other.grads().items():
+            total[p] = total[p] + grad if p in total else grad
+        return KeptGrads(self.path, total, self.samples)
+
+
+@dataclass(frozen=True)
+class LayerUse(Contribution):
+    """One call of a layer that has a rule: its input and its output's gradient."""
+
+    path: str
+    rule: LayerRule
+    call: LayerCall
+    samples: int = field(init=False)
+    parameters: tuple[nn.Parameter, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.call.samples)
+        object.__setattr__(
+            self, "parameters", tuple(self.call.module.get_parameter(name) for name in self.call.wanted)
+        )
+
+    def grads(self) -> PerParameter:
+        """See `Contribution.grads`."""
+        return self._by_parameter(self.rule.grads(self.call))
+
+    def sq_norms(self) -> PerParameter:
+        """See `Contribution.sq_norms`."""
+        return self._by_parameter(self.rule.sq_norms(self.call))
+
+    def weighted_sum(self, factors: Tensor) -> PerParameter:
+        """See `Contribution.weighted_sum`."""
+        return self._by_parameter(self.rule.weighted_sum(self.call, factors))
+
+    def kept(self) -> Contribution:
+        """Write the gradients out where they take less memory than the layer's input and output."""
+        grad_numel = sum(p.numel() for p in self.parameters)
+        held = (self.call.x.numel() + self.call.g.numel()) // max(1, self.samples)
+        return KeptGrads(self.path, self.grads(), self.samples) if grad_numel <= held else self
+
+    def _by_parameter(self, named: dict[str, Tensor]) -> PerParameter:
+        return {p: named[name] for name, p in zip(self.call.wanted, self.parameters, strict=True)}

@@ -1,0 +1,160 @@
+"""`Call`: the numbers of one convolution as the operators take them, and the three operator calls.
+
+Everything here works on tensors that are already folded; nothing knows of `B`, but for the helpers
+that stand in for a `B` of length zero.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from psgrad.conv.geometry import ConvGeometry
+
+__all__ = ["Batched", "Call", "batch_length", "call_of", "with_one_entry", "without_entries"]
+
+Batched = tuple[Tensor, int | None]
+"""A tensor and the position of its `B`."""
+
+
+class Call(NamedTuple):
+    """Arguments of `aten::convolution`, and the padding that the operator cannot do.
+
+    Attributes
+    ----------
+    stride, padding, dilation, transposed, output_padding, groups
+        As the operator has them: padding is the same on both sides.
+    margins
+        What is missing from `padding`, in the order of `torch.nn.functional.pad` (last axis first),
+        or None if nothing is. A convolution's input is padded by it, a transposed convolution's
+        output cropped by it.
+
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    margins: tuple[int, ...] | None = None
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Run `aten::convolution` with this many groups."""
+        return torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            groups,
+        )
+
+    def input_grad(self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Run `aten::convolution_backward` for the input gradient; only the shape of `x` is used."""
+        return self.both_grads(grad_output, x, weight, groups, (True, False))[0]
+
+    def weight_grad(self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Run `aten::convolution_backward` for the weight gradient; only the shape of `weight` is used."""
+        return self.both_grads(grad_output, x, weight, groups, (False, True))[1]
+
+    def both_grads(
+        self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int, mask: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Run `aten::convolution_backward`; what the mask leaves out is None."""
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+            grad_output,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            groups,
+            (*mask, False),
+        )
+        return grad_x, grad_weight
+
+    def padded(self, t: Tensor, bdim: int | None) -> Batched:
+        """Pad the spatial axes by the margins; `B` comes first."""
+        assert self.margins is not None
+        if bdim is not None:
+            t, bdim = t.movedim(bdim, 0), 0
+        return F.pad(t, self.margins), bdim
+
+    def padded_dummy(self, dummy: Tensor) -> Tensor:
+        """Return a one-element dummy of the shape that `padded` would give."""
+        assert self.margins is not None
+        rank = len(self.margins) // 2
+        sizes = [
+            length + self.margins[2 * (rank - 1 - axis)] + self.margins[2 * (rank - 1 - axis) + 1]
+            for axis, length in enumerate(dummy.shape[-rank:])
+        ]
+        return dummy.new_empty(()).expand(*dummy.shape[:-rank], *sizes)
+
+    def cropped(self, t: Tensor) -> Tensor:
+        """Undo `padded`: take the margins off the last axes."""
+        assert self.margins is not None
+        return F.pad(t, [-margin for margin in self.margins])
+
+
+@lru_cache(maxsize=1024)
+def call_of(geometry: ConvGeometry, kernel_size: tuple[int, ...]) -> Call:
+    """Return the call of a geometry for this kernel.
+
+    Raises
+    ------
+    ShapeError
+        If the geometry was given another kernel or another number of spatial axes.
+
+    """
+    geometry = geometry.at(kernel_size)
+    margins = None
+    if not geometry.is_padding_symmetric:
+        least = geometry.symmetric_padding
+        pairs = reversed(list(zip(geometry.padding, least, strict=True)))
+        margins = tuple(end for (before, after), p in pairs for end in (before - p, after - p))
+    return Call(
+        geometry.stride,
+        geometry.symmetric_padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding,
+        geometry.groups,
+        margins,
+    )
+
+
+def batch_length(*operands: tuple[Tensor | None, int | None]) -> int | None:
+    """Length of `B` in the first operand that has it; None if none has."""
+    for t, bdim in operands:
+        if t is not None and bdim is not None:
+            return t.shape[bdim]
+    return None
+
+
+def with_one_entry(t: Tensor, bdim: int | None) -> Tensor:
+    """Give a `B` of length zero one entry of zeros.
+
+    Nothing can be folded into the channels zero times, so for B = 0 a rule is run with one entry and
+    `without_entries` drops it again: shapes and autograd graph are then those of every other B.
+    """
+    if bdim is None:
+        return t
+    entry = list(t.shape)
+    entry[bdim] = 1
+    return torch.cat([t, t.new_zeros(entry)], bdim)
+
+
+def without_entries(t: Tensor, bdim: int | None) -> Batched:
+    """Drop every entry of `B`; a result without `B` stays as it is."""
+    return (t if bdim is None else t.narrow(bdim, 0, 0)), bdim

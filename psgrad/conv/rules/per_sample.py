@@ -1,0 +1,129 @@
+"""The per-sample path: weight gradients of single samples by any strategy of `psgrad.conv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.layout import move_batch_dim_to_front
+from psgrad.conv.rules.backward import Gradients, backward, compute_grad_bias, mask_of
+from psgrad.conv.rules.call import Call
+from psgrad.conv.rules.checks import check_backward
+from psgrad.conv.rules.input_grad import input_grad
+from psgrad.conv.verbs import weight_grads
+
+__all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
+
+
+def per_sample_refusal(
+    grad_output: Tensor, gbdim: int | None, x: Tensor, xbdim: int | None, wbdim: int | None
+) -> str | None:
+    """Why a backward pass is not one of single samples whose strategies may be used; None if it is.
+
+    The precondition: grad_output and x batched, the weight not, and one sample in every entry of a
+    `B` that is not empty. Strategies write into buffers and leave no autograd graph, so they also
+    need plain tensors: none that an outer `torch.func` transform wraps (nested vmap), and none whose
+    gradient someone is recording (double backward from outside, forward-mode AD).
+    Bdims are counted from the front.
+    """
+    if gbdim is None or xbdim is None or wbdim is not None:
+        return "grad_output and x must be batched, and the weight not"
+    if x.shape[xbdim] == 0:
+        return "B is empty"
+    if x.shape[1 if xbdim == 0 else 0] != 1:
+        return f"an entry of B holds {x.shape[1 if xbdim == 0 else 0]} samples, not one"
+    if is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(grad_output):
+        return "an outer transform wraps the tensors"
+    if torch.is_grad_enabled() and (x.requires_grad or grad_output.requires_grad):
+        return "the gradients of x or grad_output are being recorded"
+    if forward_ad._current_level >= 0 and (_is_dual(x) or _is_dual(grad_output)):
+        return "x or grad_output carries a tangent"
+    return None
+
+
+def cudnn_conv_per_sample_grad_rule(
+    grad_output: Tensor,
+    gbdim: int | None,
+    x: Tensor,
+    xbdim: int | None,
+    weight: Tensor,
+    wbdim: int | None,
+    geometry: ConvGeometry,
+    output_mask: Sequence[bool],
+    strategy: str = "auto",
+) -> Gradients:
+    """`convolution_backward_batch_rule`, with per-sample weight gradients by a strategy.
+
+    Where `per_sample_refusal` says None, the weight gradient is that of `psgrad.conv.weight_grads`:
+    "unfold" is im2col and a matrix product with the groups kept apart, "grouped" the general rule
+    (on CUDA the cuDNN path; the flags of `torch.backends.cudnn` hold), "auto" the planner's choice
+    among those that do not refuse. Elsewhere the general rules give the same numbers, whatever the
+    strategy; they are differentiable, a strategy's result is not.
+
+    Parameters
+    ----------
+    grad_output, gbdim, x, xbdim, weight, wbdim, geometry, output_mask
+        As for `convolution_backward_batch_rule`.
+    strategy
+        "auto" or a name of `psgrad.conv.strategies.STRATEGIES`.
+
+    Returns
+    -------
+    tuple of three pairs
+        As `convolution_backward_batch_rule`; the weight gradient of the per-sample path has bdim 0.
+
+    Raises
+    ------
+    ShapeError
+        If shapes, bdims or the geometry do not fit; the message has the shapes.
+    StrategyError
+        If the strategy does not exist, or was named and refuses; the message has its reason.
+
+    """
+    gbdim, xbdim, wbdim, call = check_backward(grad_output, gbdim, x, xbdim, weight, wbdim, geometry)
+    check_strategy(strategy)
+    mask = mask_of(output_mask)
+    return per_sample_backward(
+        grad_output, gbdim, x, xbdim, weight, wbdim, call, mask, geometry, strategy
+    )
+
+
+def per_sample_backward(
+    grad_output: Tensor,
+    gbdim: int | None,
+    x: Tensor,
+    xbdim: int | None,
+    weight: Tensor,
+    wbdim: int | None,
+    call: Call,
+    output_mask: Sequence[bool],
+    geometry: ConvGeometry,
+    strategy: str,
+) -> Gradients:
+    """`cudnn_conv_per_sample_grad_rule` for operands that fit: nothing is checked."""
+    want_x, want_weight, want_bias = output_mask
+    if not want_weight or per_sample_refusal(grad_output, gbdim, x, xbdim, wbdim) is not None:
+        return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
+    # B1(GO), B1(GI) -> B(GO), B(GI): B takes the place of the samples; B(GO)I comes back
+    grad_weight = weight_grads(
+        move_batch_dim_to_front(x, xbdim).squeeze(1),
+        move_batch_dim_to_front(grad_output, gbdim).squeeze(1),
+        weight.shape,
+        geometry,
+        strategy,
+    )
+    grad_bias = compute_grad_bias(grad_output, output_mask, gbdim)
+    return (
+        input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call) if want_x else (None, None),
+        (grad_weight, 0),
+        (grad_bias, 0 if want_bias else None),
+    )
+
+
+def _is_dual(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None

@@ -1,0 +1,118 @@
+"""What a layer rule is: a layer's own three verbs, given its input and its output's gradient."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.conv.numerics import accumulation_dtype, squared_norms
+
+__all__ = [
+    "LayerCall",
+    "LayerRule",
+    "accumulation_dtype",
+    "drop_removed",
+    "per_row",
+    "sample_sum",
+    "squared_norms",
+]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of one layer, as its backward saw it.
+
+    Attributes
+    ----------
+    module
+        The layer.
+    x
+        Its input `[(N K), ...]`, detached.
+    g
+        The gradient of its output `[(N K), ...]`.
+    rows_per_sample
+        K, the consecutive rows that make one sample.
+    wanted
+        Names of the layer's own parameters whose gradients are asked for.
+
+    """
+
+    module: nn.Module
+    x: Tensor
+    g: Tensor
+    rows_per_sample: int
+    wanted: tuple[str, ...]
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.x.shape[0] // self.rows_per_sample
+
+    def by_sample(self, t: Tensor) -> Tensor:
+        """(NK).. -> NK.."""
+        return t.reshape(self.samples, self.rows_per_sample, *t.shape[1:])
+
+
+class LayerRule(ABC):
+    """Per-sample gradients of one type of layer. Rules keep no state.
+
+    `grads` is what a rule must say; `sq_norms` and `weighted_sum` follow from it, and a rule
+    overrides them where there is a way that does not write every gradient.
+    """
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why the settings of this module make per-sample gradients impossible, or None."""
+        return None
+
+    def input_error(self, module: nn.Module, x: Tensor) -> str | None:
+        """What is wrong with an input, seen as a batch, or None."""
+        return None if x.ndim else "the input has no batch axis"
+
+    @abstractmethod
+    def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
+        """Compute the layer's output with these values of its parameters."""
+
+    @abstractmethod
+    def grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """Per-sample gradient `[N, *shape]` of every wanted parameter."""
+
+    def sq_norms(self, call: LayerCall) -> dict[str, Tensor]:
+        """Squared norm `[N]` per wanted parameter, float32 at least."""
+        return {name: squared_norms(grad.flatten(1)) for name, grad in self.grads(call).items()}
+
+    def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
+        """`sum_n factors[n] * grads[n]` per wanted parameter, in the parameter's shape.
+
+        A factor of exactly 0 removes its sample, also one that is not finite.
+        """
+        return {
+            name: torch.tensordot(factors.to(grad.dtype), drop_removed(grad, factors), 1)
+            for name, grad in self.grads(call).items()
+        }
+
+
+def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
+    """`[N]` -> `[(N K), 1, ..]`, in the dtype and rank of `like`."""
+    rows = per_sample.to(like.dtype).repeat_interleave(rows_per_sample)
+    return rows.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:
+    """Put zeros in the rows of samples whose factor is 0: their values may be inf or NaN."""
+    removed = per_row(factors == 0, t, rows_per_sample).bool()
+    return t.masked_fill(removed, 0)
+
+
+def sample_sum(call: LayerCall, t: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """Sum `[(N K), ...]` over the rows of each sample and all axes but 0 and `keep`.
+
+    The sum is kept in float32 at least and returned in the dtype of `t`.
+    """
+    by_sample = call.by_sample(t)
+    axes = [1, *(axis + 1 for axis in range(1, t.ndim) if axis not in keep)]
+    return by_sample.sum(axes, dtype=accumulation_dtype(t.dtype)).to(t.dtype)

@@ -1,0 +1,114 @@
+"""`PerSampleGrads`: every parameter's gradient for every sample, after an ordinary `backward`."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal
+
+from torch import Tensor, nn
+
+from psgrad.capture import Capture
+from psgrad.contribution import Contribution
+from psgrad.errors import ConfigError
+
+__all__ = ["LossReduction", "PerSampleGrads", "checked_reduction"]
+
+LossReduction = Literal["mean", "sum"]
+
+
+class PerSampleGrads:
+    """After each `loss.backward()`, `p.grad_sample` holds the gradient of every sample.
+
+    Parameters
+    ----------
+    module
+        The model. While attached, `backward` does not add up parameter gradients itself.
+    loss_reduction
+        How the loss combines the batch, "mean" or "sum" over samples. Under "mean" the 1/N is undone:
+        `p.grad_sample[n]` is the gradient of sample n's own loss.
+    rows_per_sample
+        K, the consecutive rows of the batch that make one sample. Under "mean" a sample's own loss is
+        the mean over its rows, under "sum" their sum.
+
+    Guarantees
+    ----------
+    For every trainable parameter that the loss depends on, when `backward` returns:
+
+    - `p.grad_sample` is `[N, *p.shape]`, of p's dtype; an empty batch gives `[0, *p.shape]`. It is that
+      of the last backward pass alone and is never added to; None where the loss does not depend on p.
+    - `p.grad` has grown by the ordinary gradient, as without psgrad.
+
+    A parameter used where it cannot be captured raises `CaptureError`, by name.
+
+    Raises
+    ------
+    RefusedModelError
+        If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
+
+    Examples
+    --------
+    >>> handle = PerSampleGrads(model)                      # doctest: +SKIP
+    >>> criterion(model(x), y).backward()                   # doctest: +SKIP
+    >>> norms = sum(p.grad_sample.flatten(1).square().sum(1) for p in model.parameters())  # doctest: +SKIP
+    >>> handle.remove()                                     # doctest: +SKIP
+
+    """
+
+    def __init__(
+        self, module: nn.Module, loss_reduction: LossReduction = "mean", *, rows_per_sample: int = 1
+    ) -> None:
+        self._reduction = checked_reduction(loss_reduction)
+        self._pending: dict[nn.Parameter, Tensor] = {}
+        self._capture = Capture(module, self, rows_per_sample)
+
+    def add(self, contribution: Contribution) -> None:
+        """Take one layer's contribution; part of `backward`."""
+        for p, grads in contribution.grads().items():
+            self._pending[p] = self._pending[p] + grads if p in self._pending else grads
+
+    def finish(self, samples: int) -> None:
+        """Publish the results; part of `backward`."""
+        for p in self._capture.trainable.values():
+            grads = self._pending.pop(p, None)
+            if grads is None:
+                p.grad_sample = None  # type: ignore[attr-defined]  # the documented result
+                continue
+            grads = grads.to(p.dtype)
+            accumulate(p, grads.sum(0))
+            p.grad_sample = grads * samples if self._reduction == "mean" else grads  # type: ignore[attr-defined]
+
+    def abandon(self) -> None:
+        """Drop what an unfinished backward pass left."""
+        self._pending.clear()
+
+    def remove(self) -> None:
+        """Detach from the module. The last `p.grad_sample` stays."""
+        self._capture.remove()
+
+    def __enter__(self) -> PerSampleGrads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def accumulate(p: nn.Parameter, grad: Tensor) -> None:
+    """`p.grad += grad`, as `backward` does."""
+    grad = grad.to(p.dtype)
+    p.grad = grad if p.grad is None else p.grad + grad
+
+
+def checked_reduction(loss_reduction: str) -> LossReduction:
+    """Return the argument, or raise `ConfigError` if it is no loss reduction.
+
+    Raises
+    ------
+    ConfigError
+        As said.
+
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise ConfigError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+    return loss_reduction  # type: ignore[return-value]  # just checked
