@@ -1,0 +1,74 @@
+"""Epsilon and noise multipliers, by the accountants of Opacus."""
+
+from __future__ import annotations
+
+import warnings
+
+from opacus.accountants import PRVAccountant
+from opacus.accountants.utils import get_noise_multiplier
+
+from psgrad.errors import ConfigError
+
+__all__ = ["PRVAccountant", "epsilon_spent", "noise_multiplier_for"]
+
+
+def noise_multiplier_for(
+    target_epsilon: float, target_delta: float, *, sample_rate: float, steps: int
+) -> float:
+    """Return the smallest noise multiplier that keeps `steps` Poisson-sampled steps within the target.
+
+    Parameters
+    ----------
+    target_epsilon
+        Positive.
+    target_delta
+        Between 0 and 1; smaller than one over the number of samples to mean anything.
+    sample_rate
+        Probability q of each sample to be in a batch, in (0, 1].
+    steps
+        Number of steps, at least 1.
+
+    Returns
+    -------
+    float
+        In units of the clipping norm, by the PRV accountant (Gopi et al. 2021) with add-or-remove-one
+        neighbours, to 0.01 in epsilon from below.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is out of range or the target cannot be met.
+
+    """
+    if not target_epsilon > 0:
+        raise ConfigError(f"target epsilon must be positive, got {target_epsilon}")
+    if not 0 < target_delta < 1:
+        raise ConfigError(f"delta must be between 0 and 1, got {target_delta}")
+    if not 0 < sample_rate <= 1:
+        raise ConfigError(f"the sample rate must be in (0, 1], got {sample_rate}")
+    if steps < 1:
+        raise ConfigError(f"the number of steps must be at least 1, got {steps}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of log(0) at the ends of a grid, which the library handles
+            return get_noise_multiplier(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=sample_rate,
+                steps=steps,
+                accountant="prv",
+            )
+    except ValueError as err:
+        raise ConfigError(
+            f"no noise multiplier reaches epsilon {target_epsilon} at delta {target_delta} in {steps} steps "
+            f"with sample rate {sample_rate}: {err}"
+        ) from err
+
+
+def epsilon_spent(accountant: PRVAccountant, delta: float) -> float:
+    """Return the epsilon of all steps recorded so far at this delta; 0 before the first."""
+    if not len(accountant):
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta))

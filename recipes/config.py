@@ -1,0 +1,81 @@
+"""A recipe's settings: a TOML file, then the command line, one closed schema for both."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from psgrad import ConfigError
+
+__all__ = ["Settings", "from_command_line", "from_table"]
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of every recipe's settings: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def from_table(kind: type[AnySettings], table: dict[str, Any], source: str) -> AnySettings:
+    """Return settings from a table of keys.
+
+    Raises
+    ------
+    ConfigError
+        Naming `source` and every key that is unknown (with the nearest known ones) or out of range.
+
+    """
+    try:
+        return kind.model_validate(table)
+    except ValidationError as err:
+        raise ConfigError("\n".join(f"{source}: {_explain(kind, e)}" for e in err.errors())) from err
+
+
+def from_command_line(
+    kind: type[AnySettings], default: Path, argv: Sequence[str] | None = None
+) -> AnySettings:
+    """Return the settings of `--config FILE`, `default` without one, overridden by the other options.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is no TOML, or does not fit the schema. A wrong option ends the program
+        with a message of the command-line parser.
+
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=default)
+    known, rest = first.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        table = tomllib.loads(known.config.read_text())
+    except FileNotFoundError as err:
+        raise ConfigError(f"there is no configuration file {known.config}") from err
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{known.config} is not TOML: {err}") from err
+    settings = from_table(kind, table, str(known.config))
+    chosen = tyro.cli(
+        kind,
+        default=settings,
+        args=rest,
+        description=f"{kind.__doc__}\n\n--config FILE reads another TOML file first; now: {known.config}",
+    )
+    return from_table(kind, chosen.model_dump(), "command line")
+
+
+def _explain(kind: type[Settings], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{key} = {error['input']!r}: {error['msg']}"
+    near = difflib.get_close_matches(key, kind.model_fields, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(kind.model_fields)}"
+    return f"unknown key {key!r}; {hint}"

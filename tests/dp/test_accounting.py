@@ -1,0 +1,43 @@
+"""P6: what is reported is spent."""
+
+import pytest
+
+from psgrad import ConfigError
+from psgrad.dp import PRVAccountant, epsilon_spent, noise_multiplier_for
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(3.0, 0.5, 60), (1.0, 0.01, 500), (8.0, 1.0, 20)])
+def test_the_noise_multiplier_meets_the_target_from_below(epsilon, rate, steps):
+    sigma = noise_multiplier_for(epsilon, 1e-5, sample_rate=rate, steps=steps)
+    accountant = PRVAccountant()
+    for _ in range(steps):
+        accountant.step(noise_multiplier=sigma, sample_rate=rate)
+    spent = epsilon_spent(accountant, 1e-5)
+    assert epsilon - 0.02 <= spent <= epsilon
+    assert epsilon_spent(accountant, 1e-5) == spent  # reading changes nothing
+
+
+def test_reported_epsilon_is_not_under_an_independent_accountant():
+    dp_accounting = pytest.importorskip("dp_accounting")
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PRVAccountant()
+    for _ in range(100):
+        accountant.step(noise_multiplier=1.1, sample_rate=0.05)
+    event = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.1))
+    independent = PLDAccountant().compose(event, 100).get_epsilon(1e-5)
+    assert epsilon_spent(accountant, 1e-5) >= independent - 0.02
+
+
+def test_nothing_spent_before_the_first_step():
+    assert epsilon_spent(PRVAccountant(), 1e-5) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"target_epsilon": 0}, {"target_epsilon": -1}, {"target_delta": 0}, {"sample_rate": 1.5}, {"steps": 0}],
+)
+def test_impossible_targets_name_the_number(wrong):
+    right = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.1, "steps": 10}
+    with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
+        noise_multiplier_for(**right | wrong)

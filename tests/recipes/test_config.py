@@ -1,0 +1,63 @@
+"""The closed schema: file, then command line, with errors a person can act on."""
+
+from pathlib import Path
+
+import pytest
+
+from psgrad import ConfigError
+from recipes.config import from_command_line
+from recipes.train_dp import DEFAULT, TrainDP
+
+
+def written(folder, text):
+    path = folder / "settings.toml"
+    path.write_text(text)
+    return path
+
+
+def read(path, *options):
+    return from_command_line(TrainDP, DEFAULT, ["--config", str(path), *options])
+
+
+def test_every_configuration_in_the_repository_is_valid():
+    for path in DEFAULT.parent.glob("train_dp*.toml"):
+        read(path)
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = written(tmp_path, "epsilon = 2.0\nsteps = 7\n")
+    settings = read(path, "--steps", "9", "--data-root", "somewhere", "--download")
+    assert (settings.epsilon, settings.steps, settings.download) == (2.0, 9, True)
+    assert settings.data_root == Path("somewhere")
+
+
+def test_an_unknown_key_names_the_near_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"settings\.toml: unknown key 'epsilom'; did you mean epsilon"):
+        read(written(tmp_path, "epsilom = 2.0\n"))
+
+
+@pytest.mark.parametrize("options", [["--epsilon", "0"], ["--epsilon", "-1"], ["--steps", "0"]])
+def test_an_option_out_of_range_names_the_key(tmp_path, options, capsys):
+    with pytest.raises(SystemExit):
+        read(written(tmp_path, ""), *options)
+    message = capsys.readouterr().err
+    assert options[0].removeprefix("--") in message
+    assert "greater than" in message
+
+
+def test_a_value_out_of_range_in_the_file_names_file_and_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"settings\.toml: epsilon = 0"):
+        read(written(tmp_path, "epsilon = 0\n"))
+
+
+def test_an_unknown_option_ends_with_the_near_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        read(written(tmp_path, ""), "--epsilom", "1")
+    assert "epsilon" in capsys.readouterr().err
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.toml"):
+        read(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read(written(tmp_path, "epsilon 3"))
