@@ -8,8 +8,7 @@ layout are as free as without it, because the node's output is an ordinary tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,14 +19,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.contribution import Contribution, KeptGrads, LayerUse
-from psgrad.errors import CaptureError, RefusedModelError, ShapeError
-from psgrad.layers import LayerCall, LayerRule, rule_for, why_samples_mix
+from psgrad.errors import CaptureError, ShapeError
+from psgrad.layers import LayerCall, LayerRule
 from psgrad.layers.fallback import run_per_sample
+from psgrad.shadow import shadow_forward, unshadow_forward
+from psgrad.survey import Layer, layers_of, refuse_mixing, refuse_model
 
 __all__ = ["Capture", "Consumer"]
-
-OPAQUE = (nn.MultiheadAttention,)
-"""Modules that use their children's parameters without calling the children."""
 
 
 class Consumer(Protocol):
@@ -41,21 +39,6 @@ class Consumer(Protocol):
 
     def abandon(self) -> None:
         """Backward ended in an error: drop what was added."""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A module that owns trainable parameters, and how it is captured."""
-
-    path: str
-    module: nn.Module
-    rule: LayerRule | None  # None: the fallback takes the module and all its children
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        return tuple(
-            name for name, p in self.module.named_parameters(recurse=self.rule is None) if p.requires_grad
-        )
 
 
 class Capture:
@@ -90,14 +73,15 @@ class Capture:
         self._seen: tuple[str, int] = ("", 0)
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
-        self._layers = list(_layers(module, ""))
-        _refuse(module, self._layers)
+        self._layers = layers_of(module)
+        refuse_model(module, self._layers)
+        self._trainable = frozenset(self.trainable)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(_not_captured(name)) for name, p in self.trainable.items()
         ]
         for layer in self._layers:
-            _shadow_forward(layer.module, partial(self._run_layer, layer))
-        _shadow_forward(module, self._run_root)
+            shadow_forward(layer.module, partial(self._run_layer, layer))
+        shadow_forward(module, self._run_root)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -108,23 +92,23 @@ class Capture:
         """Give the module back as it was. Twice is as good as once."""
         for handle in self._handles:
             handle.remove()
-        for layer in self._layers:
-            layer.module.__dict__.pop("forward", None)
-        self._module.__dict__.pop("forward", None)
+        for module in (self._module, *(layer.module for layer in self._layers)):
+            unshadow_forward(module)
         self._handles.clear()
         self._layers.clear()
 
     def _run_root(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the whole module, knowing how many rows its batch has."""
         if torch.is_grad_enabled():
-            _refuse_mixing(self._module)
+            refuse_mixing(self._module)
+            self._check_trainable()
         self._root_rows = _first_rows(args, kwargs)
         try:
             return forward(*args, **kwargs)
         finally:
             self._root_rows = None  # a submodule called on its own may have another batch
 
-    def _run_layer(self, layer: _Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one layer, captured if gradients are being recorded.
 
         Raises
@@ -146,28 +130,28 @@ class Capture:
 
         rows = self._root_rows if self._root_rows is not None else _first_rows(args, kwargs)
         if rows is None or rows % self._rows_per_sample:
-            raise ShapeError(_rows_message(layer.path, rows, self._rows_per_sample))
+            seen = "no input is a batch" if rows is None else f"{rows} rows"
+            raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
         return run_per_sample(
             layer.path, layer.module, wanted, args, kwargs, rows, self._rows_per_sample, self._anchor, record
         )
 
-    def _run_rule(self, layer: _Layer, rule: LayerRule, args: Any, kwargs: Any) -> Tensor:
+    def _run_rule(self, layer: Layer, rule: LayerRule, args: Any, kwargs: Any) -> Tensor:
         x, *rest = args if args else (kwargs["input"],)
-        where = f"{layer.path or 'the model itself'} ({type(layer.module).__name__})"
         error = rule.input_error(layer.module, x)
         if error is not None:
-            raise ShapeError(f"{where}: {error}; got {tuple(x.shape)}")
+            raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
         rows = x.shape[0]
         if rows % self._rows_per_sample or self._root_rows not in (None, rows):
             expected = f"{self._root_rows} rows" if self._root_rows is not None else "rows"
             raise ShapeError(
-                f"{where} was called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
+                f"{layer} was called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
                 f"model's input, {expected} with rows_per_sample={self._rows_per_sample}"
             )
         rest += [value for name, value in kwargs.items() if name != "input"]
         return _CapturedCall.apply(self, layer, rule, rest, self._anchor, x)
 
-    def record_call(self, layer: _Layer, rule: LayerRule, x: Tensor, g: Tensor) -> None:
+    def record_call(self, layer: Layer, rule: LayerRule, x: Tensor, g: Tensor) -> None:
         """Hand over one layer's input and output gradient, in backward."""
         call = LayerCall(layer.module, x, g, self._rows_per_sample, layer.wanted)
         self._record(LayerUse(layer.path, rule, call))
@@ -198,34 +182,23 @@ class Capture:
     def _device_type(contribution: Contribution) -> str:
         return contribution.parameters[0].device.type
 
+    def _check_trainable(self) -> None:
+        changed = self._trainable ^ self.trainable.keys()
+        if changed:
+            raise CaptureError(
+                f"requires_grad has changed since psgrad was attached, of {', '.join(sorted(changed))}: "
+                "remove() the handle and attach a new one"
+            )
+
     def _abandon(self) -> None:
         self._task = None
         self._consumer.abandon()
 
     def _finish(self) -> None:
         self._task = None
+        self._check_trainable()
         with torch.no_grad():
             self._consumer.finish(self._seen[1])
-
-
-class _ShadowForward:
-    """What shadows a module's `forward`. A copy of the module gets the module's own forward back."""
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        self.module = module
-        self.run = run
-        self.shadowed = module.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.shadowed, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Run before the copy has its state: there, the class's forward is found.
-        return getattr, (self.module, "forward")
-
-
-def _shadow_forward(module: nn.Module, run: Callable[..., Any]) -> None:
-    module.__dict__["forward"] = _ShadowForward(module, run)
 
 
 class _CapturedCall(torch.autograd.Function):
@@ -233,7 +206,7 @@ class _CapturedCall(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, capture: Capture, layer: _Layer, rule: LayerRule, rest: list[Any], anchor: Tensor, x: Tensor
+        ctx: Any, capture: Capture, layer: Layer, rule: LayerRule, rest: list[Any], anchor: Tensor, x: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         needs_x = ctx.needs_input_grad[5]
@@ -264,62 +237,6 @@ class _CapturedCall(torch.autograd.Function):
         return (*nothing, None if out is None else torch.autograd.grad(out, inner_x, g)[0])
 
 
-def _layers(module: nn.Module, path: str, seen: set[nn.Module] | None = None) -> Iterator[_Layer]:
-    """Yield every module that owns trainable parameters, outermost owner first, each module once."""
-    seen = set() if seen is None else seen
-    if module in seen:
-        return
-    seen.add(module)
-    owns = any(p.requires_grad for p in module.parameters(recurse=False))
-    rule = rule_for(module)
-    if rule is not None:
-        if owns:
-            yield _Layer(path, module, rule)
-    elif owns or (isinstance(module, OPAQUE) and any(p.requires_grad for p in module.parameters())):
-        seen.update(module.modules())
-        yield _Layer(path, module, None)
-    else:
-        for name, child in module.named_children():
-            yield from _layers(child, f"{path}.{name}" if path else name, seen)
-
-
-def _refuse(module: nn.Module, layers: list[_Layer]) -> None:
-    if not layers:
-        raise RefusedModelError(
-            f"{type(module).__name__} has no trainable parameter: set requires_grad on those to train"
-        )
-    _refuse_mixing(module)
-    reasons = [
-        f"{path or 'the model itself'} ({type(m).__name__}): {reason}"
-        for path, m in [("", module), *((layer.path, layer.module) for layer in layers)]
-        if (reason := _why_not_shadowed(m)) is not None
-    ]
-    reasons += [
-        f"{layer.path or 'the model itself'} ({type(layer.module).__name__}): {reason}"
-        for layer in layers
-        if layer.rule is not None and (reason := layer.rule.refusal(layer.module)) is not None
-    ]
-    if reasons:
-        raise RefusedModelError("no per-sample gradients for this model:\n  " + "\n  ".join(reasons))
-
-
-def _why_not_shadowed(module: nn.Module) -> str | None:
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, _ShadowForward):
-        return "a psgrad handle is attached already; call its remove() first"
-    return None if forward is None else "its forward was replaced on the instance, which no rule sees through"
-
-
-def _refuse_mixing(module: nn.Module) -> None:
-    reasons = [
-        f"{path or 'the model itself'} ({type(m).__name__}) {reason}"
-        for path, m in module.named_modules()
-        if (reason := why_samples_mix(m)) is not None
-    ]
-    if reasons:
-        raise RefusedModelError("layers that mix samples:\n  " + "\n  ".join(reasons))
-
-
 def _not_captured(name: str) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         raise CaptureError(
@@ -336,9 +253,3 @@ def _first_rows(args: Any, kwargs: Any) -> int | None:
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
     return None
-
-
-def _rows_message(path: str, rows: int | None, rows_per_sample: int) -> str:
-    if rows is None:
-        return f"{path or 'the model itself'}: no input is a batch of samples"
-    return f"{rows} rows are not a multiple of rows_per_sample={rows_per_sample}"

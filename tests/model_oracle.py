@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from torch import nn
 
 
 def grads_one_by_one(model, loss_of, inputs, rows_per_sample=1):
@@ -27,4 +26,3 @@ def squared_loss(model, x):
     out = model(x)
     weights = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).reshape(out.shape[1:])
     return (out.sin() * weights).flatten(1).sum(1).mean()
-

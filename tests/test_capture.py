@@ -325,6 +325,16 @@ def test_a_model_with_nothing_to_train_is_refused():
         PerSampleGrads(nn.Sequential(nn.ReLU()))
 
 
+def test_a_parameter_unfrozen_after_attaching_is_named():
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+    with PerSampleGrads(model):
+        model[0].requires_grad_(True)
+        with pytest.raises(CaptureError, match=r"0\.bias, 0\.weight"):
+            model(torch.randn(2, 3))
+        with pytest.raises(CaptureError, match=r"0\.bias, 0\.weight"):
+            model[1](model[0](torch.randn(2, 3))).sum().backward()
+
+
 def test_a_second_handle_is_refused():
     model = nn.Linear(2, 2)
     with PerSampleGrads(model), pytest.raises(RefusedModelError, match="attached already"):

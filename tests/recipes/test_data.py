@@ -28,7 +28,8 @@ def test_torchvision_files_are_read(tmp_path):
         pixels = bytes(range(256)) * (count * 784 // 256 + 1)
         image_head = struct.pack(">IIII", 0x803, count, 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(image_head + pixels[: count * 784])
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(range(count)))
+        label_head = struct.pack(">II", 0x801, count)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(label_head + bytes(range(count)))
     for path in list(raw.iterdir()):
         with gzip.open(f"{path}.gz", "wb") as file:
             file.write(path.read_bytes())
