@@ -47,13 +47,13 @@ class TrainDP(Settings):
     """Privacy to spend over the whole run."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Chance that the epsilon does not hold; below 1 / (number of training images)."""
-    max_grad_norm: Positive = 0.1
+    max_grad_norm: Positive = 0.5
     """Norm that each image's gradient is clipped to."""
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Chance of each training image to be in a step's batch."""
-    steps: Count = 60
+    steps: Count = 150
     """Steps of the optimizer."""
-    learning_rate: Positive = 10.0
+    learning_rate: Positive = 1.0
     """Of SGD."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
@@ -69,7 +69,7 @@ class TrainDP(Settings):
     """Decay of the weights' running average, which is what is tested and saved."""
     rows_at_once: Count = 2000
     """Rows (images times variants) per backward pass; a matter of memory only."""
-    evaluate_every: Count = 5
+    evaluate_every: Count = 10
     """Steps between tests, metrics and checkpoints."""
     seed: int = 0
     """Of weights, batches and variants; never of the noise."""

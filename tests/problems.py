@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psgrad.conv import ConvGeometry
+from psgrad.conv.problem import normalise
+from psgrad.conv.strategies import STRATEGIES
 from tests import oracle
 
-__all__ = ["LAYOUTS", "ConvProblem", "conv_arguments", "conv_problems", "lay_out"]
+__all__ = ["LAYOUTS", "ConvProblem", "conv_arguments", "conv_problems", "lay_out", "serves"]
 
 LAYOUTS = (
     "contiguous",
@@ -69,6 +71,14 @@ class ConvProblem:
             rows_per_sample=self.rows_per_sample,
             **self.conv,
         )
+
+
+def serves(strategy: str, verb: str, operands: tuple, rows_per_sample: int = 1) -> bool:
+    """Whether a strategy, or "auto", takes the verbs' positional arguments."""
+    if strategy == "auto":
+        return True
+    problem = normalise(*operands, rows_per_sample)[2]
+    return STRATEGIES[strategy].refusal(problem, verb) is None
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -76,6 +77,23 @@ class WeightGradProblem:
     def flops(self) -> int:
         """F = 2 N K T P: what the ordinary weight gradient of the batch costs, in FLOPs."""
         return 2 * self.samples * self.rows_per_sample * self.positions * self.weight_numel
+
+    @cached_property
+    def padding_only_offsets(self) -> tuple[tuple[int, int], ...]:
+        """Every (axis of the weight, kernel offset) that meets `geometry`'s padding alone: gradient 0.
+
+        On small inputs these exist: a kernel of 3 with padding 1 on one position has two an axis.
+        """
+        g = self.geometry
+        assert g.kernel_size is not None
+        return tuple(
+            (axis + 2, d)
+            for axis, (size, out) in enumerate(zip(self.input_size, self.output_size, strict=True))
+            for d in range(g.kernel_size[axis])
+            if not any(
+                0 <= g.stride[axis] * t + g.dilation[axis] * d - g.padding[axis][0] < size for t in range(out)
+            )
+        )
 
     @property
     def gradient_bytes(self) -> int:
@@ -195,8 +213,9 @@ def _pad_to_symmetry(
         for (before, after), least in reversed(list(zip(ends, both, strict=True)))
         for end in (before - least, after - least)
     ]
-    if any(extra):
-        x = F.pad(x, extra)
+    # The cut may be longer than x itself: it comes second.
+    for part in ([max(0, end) for end in extra], [min(0, end) for end in extra]):
+        x = F.pad(x, part) if any(part) else x
     return x, ConvGeometry(
         geometry.kernel_size, geometry.stride, both, geometry.dilation, groups=geometry.groups
     )

@@ -46,7 +46,7 @@ class Grouped(Strategy):
         folded = ordinary_weight_grad(
             _fold_samples(x, problem), _fold_samples(grad, problem), problem, groups_factor=problem.samples
         )
-        return folded.reshape(problem.samples, *problem.weight_shape)
+        return folded.reshape(problem.samples, *problem.weight_shape).contiguous()
 
 
 def _fold_samples(t: Tensor, problem: WeightGradProblem) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measuring per-sample gradients against the ordinary gradient and against others' ways."""

@@ -1,0 +1,55 @@
+"""Where and with what numbers were measured."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+__all__ = ["describe"]
+
+PACKAGES = ("psgrad", "torch", "opacus")
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Return the machine, the versions and the commit, each under a name; "unknown" where it is."""
+    return {
+        "machine": torch.cuda.get_device_name(device) if device != "cpu" else _processor(),
+        "cpu threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _commit() -> str:
+    """Hash of the checked-out commit, and whether the files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

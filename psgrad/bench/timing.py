@@ -1,0 +1,126 @@
+"""Interleaved timing: floor, A, B, C, floor, A, B, C, ... and ratios within a round.
+
+On a machine that others use too, seconds mean little; what a contender takes against the floor a
+moment earlier does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from statistics import median, quantiles
+
+import torch
+
+__all__ = ["Measurement", "interleave", "on_cpu", "on_cuda"]
+
+Run = Callable[[], object]
+Stopwatch = Callable[[Run, int], float]
+"""Seconds for so many calls in a row."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender's times and their ratios to the floor's, a number a round.
+
+    Attributes
+    ----------
+    seconds
+        Of one call.
+    ratios
+        To the floor in the same round.
+
+    """
+
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile of the ratios."""
+        if len(self.ratios) == 1:
+            return self.ratios[0], self.ratios[0]
+        first, _, third = quantiles(self.ratios, n=4, method="inclusive")
+        return first, third
+
+
+def on_cpu(run: Run, repeats: int) -> float:
+    """Seconds on the wall clock."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return time.perf_counter() - start
+
+
+def on_cuda(run: Run, repeats: int) -> float:
+    """Seconds between two events on the current stream, caches warm."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleave(
+    contenders: Mapping[str, Run],
+    floor: Run,
+    *,
+    rounds: int,
+    stopwatch: Stopwatch = on_cpu,
+    least_seconds: float = 5e-3,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Measurement]:
+    """Time each contender once a round, after the floor, `rounds` times.
+
+    A round before the first warms up and is dropped; it also tells how many calls in a row each one
+    needs for a time that the clock resolves.
+
+    Parameters
+    ----------
+    contenders
+        What to call, by name.
+    floor
+        What the ratios refer to.
+    rounds
+        At least 1.
+    stopwatch
+        `on_cpu` or `on_cuda`.
+    least_seconds
+        Shortest time to measure at once.
+    stop
+        Asked before every round; once it says yes, the rounds so far are returned.
+
+    Returns
+    -------
+    dict[str, Measurement]
+        By name; empty if not one round was finished.
+
+    """
+    everyone = {"": floor, **contenders}
+    repeats = {}
+    for name, run in everyone.items():
+        stopwatch(run, 1)
+        repeats[name] = max(1, ceil(least_seconds / max(stopwatch(run, 1), 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in everyone}
+    for _ in range(rounds):
+        if stop():
+            break
+        for name, run in everyone.items():
+            seconds[name].append(stopwatch(run, repeats[name]) / repeats[name])
+    if not seconds[""]:
+        return {}
+    return {
+        name: Measurement(
+            tuple(seconds[name]), tuple(t / f for t, f in zip(seconds[name], seconds[""], strict=True))
+        )
+        for name in contenders
+    }

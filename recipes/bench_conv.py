@@ -1,0 +1,96 @@
+"""Per-sample gradients of single convolutions, timed: `python -m recipes.bench_conv [--quick]`.
+
+Every contender is compared with a float64 loop first, and a wrong one gets no number. Then all are timed
+in turn, round after round, against the layer's ordinary weight gradient. Ctrl-C ends the measuring and
+reports what there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+
+from psgrad import ConfigError, PsgradError
+from psgrad.bench import machine, report
+from psgrad.bench.cases import CASE_SETS
+from psgrad.bench.peers import SUITES
+from psgrad.bench.sweep import Result, measure_case
+from recipes.config import Settings, from_command_line
+from recipes.runs import Interruptible
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "bench_conv.toml"
+Count = Annotated[int, Field(ge=1)]
+SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "tiny"]
+
+
+class BenchConv(Settings):
+    """Time the ways of computing one convolution's per-sample weight gradients."""
+
+    suite: Literal["strategies"] = "strategies"
+    """Who is compared."""
+    sets: Annotated[tuple[SetName, ...], Field(min_length=1)] = ("tiny",)
+    """Sets of layers."""
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (8,)
+    """Samples per batch."""
+    rounds: Count = 11
+    """Timed rounds per layer and batch size."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    quick: bool = False
+    """A look in under two minutes: batches of 4, seven rounds."""
+    out: Path = Path("runs/bench_conv")
+    """Folder of the table, the picture and the JSON."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; the exit status.
+
+    Raises
+    ------
+    ConfigError
+        If Ctrl-C came before the first layer was done.
+
+    """
+    settings = from_command_line(BenchConv, DEFAULT, argv)
+    report.require_extra()
+    batch_sizes, rounds = ((4,), 7) if settings.quick else (settings.batch_sizes, settings.rounds)
+    makers = SUITES[settings.suite]
+    work = [(case, n) for name in settings.sets for case in CASE_SETS[name] for n in batch_sizes]
+
+    results: list[Result] = []
+    with tqdm(work, desc="bench", unit="layer") as bar, Interruptible() as interrupt:
+        for case, batch_size in bar:
+            bar.set_postfix_str(f"{case.name}, N={batch_size}")
+            results += measure_case(
+                case,
+                batch_size,
+                makers,
+                rounds=rounds,
+                device=settings.device,
+                stop=lambda: interrupt.asked,
+            )
+            if interrupt.asked:
+                break
+    if interrupt.asked:
+        print("interrupted; this is what was measured")
+    if not results:
+        raise ConfigError("nothing was measured")
+
+    about = {**machine.describe(settings.device), "rounds": str(rounds), "sets": ", ".join(settings.sets)}
+    report.write(results, settings.out, title="Per-sample gradients of a convolution", about=about)
+    print(report.table(results))
+    print()
+    print(report.summary(results))
+    print(f"\nwritten to {settings.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PsgradError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,263 @@
+"""Every strategy by name, both verbs, against the oracle."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads
+from psgrad.conv.problem import normalise
+from psgrad.conv.strategies import STRATEGIES, base, unfold
+from psgrad.errors import StrategyError
+from tests import oracle
+from tests.problems import LAYOUTS, ConvProblem, conv_problems, lay_out, serves
+
+NAMES = ("auto", *STRATEGIES)
+
+
+def served(name: str, verb: str, problem: ConvProblem) -> bool:
+    """Whether the strategy takes the problem; if not, naming it must raise."""
+    if serves(name, verb, problem.operands, problem.rows_per_sample):
+        return True
+    function = weight_grads if verb == "grads" else weight_grad_sq_norms
+    with pytest.raises(StrategyError, match=name):
+        function(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+    return False
+
+
+def set_budget(patch: pytest.MonkeyPatch, budget: int) -> None:
+    """Give every strategy this many bytes for the temporaries of a chunk of samples."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("psgrad.conv.strategies.") and hasattr(module, "CHUNK_BYTES"):
+            patch.setattr(module, "CHUNK_BYTES", budget)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Float64 sums of at most a few thousand products of order one."""
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def sq_norms_of(grads: Tensor) -> Tensor:
+    return grads.flatten(1).square().sum(1) if len(grads) else grads.new_zeros(0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=300)
+@given(problem=conv_problems())
+def test_grads_are_those_of_the_loop(name: str, problem: ConvProblem) -> None:
+    if not served(name, "grads", problem):
+        return
+    grads = weight_grads(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+    assert grads.shape == (problem.samples, *problem.weight_shape)
+    assert grads.is_contiguous()
+    close(grads, problem.oracle())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=200)
+@given(problem=conv_problems())
+def test_sq_norms_are_those_of_the_loop(name: str, problem: ConvProblem) -> None:
+    if not served(name, "sq_norms", problem):
+        return
+    norms = weight_grad_sq_norms(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+    assert norms.shape == (problem.samples,)
+    close(norms, sq_norms_of(problem.oracle()))
+
+
+def check_rounding(name: str, problem: ConvProblem, roundings: int) -> None:
+    """Every entry within `roundings` unit roundoffs of the sum of the absolute products.
+
+    That is the textbook bound of a sum in which each term meets so many roundings.
+    """
+    dtype = problem.x.dtype
+    magnitudes = problem.oracle_of_magnitudes()
+    unit = torch.finfo(dtype).eps / 2
+    if served(name, "grads", problem):
+        grads = weight_grads(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+        assert grads.dtype == dtype
+        assert ((grads.double() - problem.oracle()).abs() <= roundings * unit * magnitudes).all()
+    if served(name, "sq_norms", problem):
+        norms = weight_grad_sq_norms(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+        assert norms.dtype == torch.float32
+        # | |a|^2 - |b|^2 | <= |a - b| (|a| + |b|), with the bound above for a - b, and room for
+        # a thousand float32 roundings of the norm itself
+        spread = sq_norms_of(magnitudes).sqrt()
+        bound = roundings * unit * spread * (2 + roundings * unit) * spread
+        bound += 1000 * torch.finfo(torch.float32).eps * spread.square()
+        assert ((norms.double() - sq_norms_of(problem.oracle())).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40)
+@given(problem=conv_problems(dtype=torch.float32))
+def test_float32_keeps_to_the_rounding_bound(name: str, problem: ConvProblem) -> None:
+    terms = problem.rows_per_sample * max(problem.x[:1].numel(), problem.grad_output[:1].numel())
+    check_rounding(name, problem, roundings=terms + 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40)
+@given(problem=conv_problems(dtype=torch.bfloat16))
+def test_bfloat16_rounds_once_per_row(name: str, problem: ConvProblem) -> None:
+    """Sums within a row are kept in float32; backends add the rows of a sample in bfloat16, and the
+    result is rounded once. Two more for the float32 sums and for products that are split."""
+    check_rounding(name, problem, roundings=problem.rows_per_sample + 3)
+
+
+@given(problem=conv_problems(min_samples=1))
+def test_offsets_that_meet_padding_alone_are_known(problem: ConvProblem) -> None:
+    x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    meetings = oracle.weight_grads(
+        torch.ones_like(x),
+        torch.ones_like(grad),
+        normal.weight_shape,
+        stride=normal.geometry.stride,
+        padding=normal.geometry.symmetric_padding,
+        dilation=normal.geometry.dilation,
+        groups=normal.groups,
+    )
+    known = torch.zeros(normal.weight_shape, dtype=torch.bool)
+    for axis, offset in normal.padding_only_offsets:
+        known.select(axis, offset).fill_(True)
+    assert torch.equal(meetings.sum(0) == 0, known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_that_meet_padding_alone_have_gradient_zero(name: str, dtype: torch.dtype) -> None:
+    """Backends have been seen to leave uninitialised memory there."""
+    x, grad = torch.ones(2, 4, 1, 1, dtype=dtype), torch.ones(2, 4, 1, 1, dtype=dtype)
+    arguments = (x, grad, (4, 4, 3, 3), ConvGeometry(3, stride=2, padding=1))
+    if serves(name, "grads", arguments):
+        expected = torch.zeros(2, 4, 4, 3, 3, dtype=dtype)
+        expected[..., 1, 1] = 1
+        assert torch.equal(weight_grads(*arguments, name), expected)
+    if serves(name, "sq_norms", arguments):
+        assert (weight_grad_sq_norms(*arguments, name) - 16).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("budget", [1, 3000])
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60)
+@given(problem=conv_problems(min_samples=3))
+def test_chunks_of_samples_change_nothing(name: str, budget: int, problem: ConvProblem) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        set_budget(patch, budget)
+        if served(name, "grads", problem):
+            grads = weight_grads(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+            close(grads, problem.oracle())
+        if served(name, "sq_norms", problem):
+            norms = weight_grad_sq_norms(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
+            close(norms, sq_norms_of(problem.oracle()))
+
+
+class LargestTemporary(TorchDispatchMode):
+    """Bytes of the largest storage that an operator newly made; `numel` of results to leave out."""
+
+    def __init__(self, known: tuple[Tensor, ...], result_bytes: int) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.result_bytes = result_bytes
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                size = t.untyped_storage().nbytes()
+                self.largest = max(self.largest, size if size != self.result_bytes else 0)
+        return out
+
+
+def large_problem() -> tuple[Tensor, Tensor, tuple[int, ...], ConvGeometry]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, 9, 9, generator=generator)
+    grad = torch.randn(12, 6, 9, 9, generator=generator)
+    return x, grad, (6, 4, 3, 3), ConvGeometry(3, padding=1)
+
+
+def test_unfold_keeps_its_temporaries_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grad, shape, geometry = large_problem()
+    one_sample = 4 * 9 * 81 * 4
+    budget = 2 * one_sample + 5
+    monkeypatch.setattr(unfold, "CHUNK_BYTES", budget)
+    with LargestTemporary((x, grad), result_bytes=12 * 6 * 4 * 9 * 4) as seen:
+        weight_grads(x, grad, shape, geometry, "unfold")
+    assert seen.largest == 2 * one_sample
+    cost = STRATEGIES["unfold"].cost(normalise(x, grad, shape, geometry)[2], "grads")
+    assert seen.largest <= cost.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("name", ["loop", "grouped", "unfold"])
+def test_sq_norms_never_hold_all_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grad, shape, geometry = large_problem()
+    one_gradient, one_unfolded = 6 * 4 * 9 * 4, 4 * 9 * 81 * 4
+    monkeypatch.setattr(base, "CHUNK_BYTES", 2 * one_gradient)
+    monkeypatch.setattr(unfold, "CHUNK_BYTES", one_unfolded)
+    with LargestTemporary((x, grad), result_bytes=0) as seen:
+        weight_grad_sq_norms(x, grad, shape, geometry, name)
+    # unfold pads and copies a chunk of two samples, the others hold two gradients or two operands
+    operands = max(2 * x[0].nbytes, 2 * grad[0].nbytes)
+    assert seen.largest <= (one_unfolded if name == "unfold" else max(2 * one_gradient, operands))
+
+
+def test_transposed_output_padding_beyond_the_padding() -> None:
+    """Outputs beyond the last position, of which the padding cuts one and a half strides."""
+    conv = {"stride": (1, 2), "dilation": (1, 3), "output_padding": (0, 2), "transposed": True, "groups": 2}
+    for padding in (((0, 0), (2, 0)), ((0, 0), (0, 1)), ((0, 0), (1, 1))):
+        x = torch.randn(2, 2, 1, 2, dtype=torch.float64)[..., : 1 + (padding[1][1] > 0)]
+        arguments = {**conv, "padding": padding}
+        shape = (2, 1, 1, 1)
+        grad = torch.randn_like(oracle.convolve(x, torch.zeros(shape, dtype=x.dtype), **arguments))
+        expected = oracle.weight_grads(x, grad, shape, **arguments)
+        close(weight_grads(x, grad, shape, ConvGeometry((1, 1), **arguments)), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_are_contiguous_for_every_layout(name: str, layout: str) -> None:
+    x = lay_out(torch.randn(2, 3, 1, 3, dtype=torch.float64), layout)
+    grad = lay_out(torch.randn(2, 1, 1, 1, dtype=torch.float64), layout)
+    arguments = (x, grad, (1, 3, 1, 2), ConvGeometry((1, 2), dilation=(1, 2)))
+    if serves(name, "grads", arguments, 2):
+        grads = weight_grads(*arguments, name, rows_per_sample=2)
+        assert grads.is_contiguous()
+        expected = oracle.weight_grads(x, grad, (1, 3, 1, 2), rows_per_sample=2, dilation=(1, 2))
+        close(grads, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wide_layer_of_real_size(name: str) -> None:
+    """Large enough for the backends' fast paths, in float32 and channels_last."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 32, 14, 14, generator=generator).to(memory_format=torch.channels_last)
+    grad = torch.randn(3, 48, 7, 7, generator=generator).to(memory_format=torch.channels_last)
+    expected = oracle.weight_grads(x, grad, (48, 32, 3, 3), stride=2, padding=1)
+    arguments = (x, grad, (48, 32, 3, 3), ConvGeometry(3, 2, 1))
+    if serves(name, "grads", arguments):
+        grads = weight_grads(*arguments, name)
+        torch.testing.assert_close(grads.double(), expected, rtol=1e-4, atol=1e-4)
+    if serves(name, "sq_norms", arguments):
+        norms = weight_grad_sq_norms(*arguments, name)
+        torch.testing.assert_close(norms.double(), sq_norms_of(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60)
+@given(problem=conv_problems())
+def test_grads_on_cuda(name: str, problem: ConvProblem) -> None:
+    x, grad = problem.x.cuda(), problem.grad_output.cuda()
+    rest = (problem.weight_shape, problem.geometry, name)
+    if served(name, "grads", problem):
+        grads = weight_grads(x, grad, *rest, rows_per_sample=problem.rows_per_sample)
+        close(grads.cpu(), problem.oracle())
+    if served(name, "sq_norms", problem):
+        norms = weight_grad_sq_norms(x, grad, *rest, rows_per_sample=problem.rows_per_sample)
+        close(norms.cpu(), sq_norms_of(problem.oracle()))
