@@ -1,13 +1,33 @@
 """All about one convolution, nothing about training."""
 
+from psgrad.conv.functorch import install_rules, uninstall_rules, use_rules
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.planner import Plan, plan
+from psgrad.conv.rules import (
+    compute_grad_bias,
+    convolution_backward_batch_rule,
+    convolution_backward_input_batch_rule,
+    convolution_backward_weight_batch_rule,
+    convolution_batch_rule,
+    cudnn_conv_per_sample_grad_rule,
+    slow_fallback,
+)
 from psgrad.conv.verbs import weight_grad_sq_norms, weight_grads, weighted_weight_grad
 
 __all__ = [
     "ConvGeometry",
     "Plan",
+    "compute_grad_bias",
+    "convolution_backward_batch_rule",
+    "convolution_backward_input_batch_rule",
+    "convolution_backward_weight_batch_rule",
+    "convolution_batch_rule",
+    "cudnn_conv_per_sample_grad_rule",
+    "install_rules",
     "plan",
+    "slow_fallback",
+    "uninstall_rules",
+    "use_rules",
     "weight_grad_sq_norms",
     "weight_grads",
     "weighted_weight_grad",

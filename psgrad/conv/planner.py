@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -91,6 +92,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
     """Plan a normalised problem: the strategy of least estimated time among those that can serve it."""
     rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
@@ -110,7 +112,13 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
 
 
 def plan(
-    x: Tensor, grad_output: Tensor, weight_shape: Sequence[int], geometry: ConvGeometry, verb: Verb
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    verb: Verb,
+    *,
+    rows_per_sample: int = 1,
 ) -> Plan:
     """Say which strategy `weight_grads` ("grads") or `weight_grad_sq_norms` ("sq_norms") would take.
 
@@ -126,7 +134,7 @@ def plan(
     """
     if verb not in ("grads", "sq_norms"):
         raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
-    return choose(normalise(x, grad_output, weight_shape, geometry)[2], verb)
+    return choose(normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2], verb)
 
 
 def resolve(name: str, problem: WeightGradProblem, verb: Verb) -> Strategy:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -111,7 +111,8 @@ def normalise(
     """Check the shapes and return x, grad and the problem of an equal plain convolution.
 
     A transposed convolution's weight gradient is that of the convolution in which x and grad_output
-    change places, with the same weight shape. Asymmetric padding is added to x.
+    change places, with the same weight shape. Asymmetric padding is added to x. Shapes seen before cost
+    one look-up.
 
     Parameters
     ----------
@@ -132,90 +133,96 @@ def normalise(
         If anything does not fit; the message has the shapes.
 
     """
-    weight_shape = tuple(weight_shape)
+    form = _normal_form(
+        tuple(x.shape),
+        tuple(grad_output.shape),
+        tuple(weight_shape),
+        geometry,
+        rows_per_sample,
+        (x.dtype, x.device),
+        (grad_output.dtype, grad_output.device),
+    )
+    if geometry.transposed:
+        x, grad_output = grad_output, x
+    for ends in (form.pad, form.cut):  # the cut may be longer than x itself: it comes second
+        x = F.pad(x, ends) if ends is not None else x
+    return x, grad_output, form.problem
+
+
+@dataclass(frozen=True)
+class _NormalForm:
+    """How tensors become those of an equal plain convolution, and its problem.
+
+    Attributes
+    ----------
+    pad, cut
+        What x, after a transposed convolution's swap, is padded by and then cut by, in the order of
+        `torch.nn.functional.pad`; None for nothing.
+
+    """
+
+    pad: tuple[int, ...] | None
+    cut: tuple[int, ...] | None
+    problem: WeightGradProblem
+
+
+@lru_cache(maxsize=4096)
+def _normal_form(
+    x_shape: tuple[int, ...],
+    grad_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    rows_per_sample: int,
+    x_kind: tuple[torch.dtype, torch.device],
+    grad_kind: tuple[torch.dtype, torch.device],
+) -> _NormalForm:
     rank = len(weight_shape) - 2
-    shapes = f"x {tuple(x.shape)}, grad_output {tuple(grad_output.shape)}, weight {weight_shape}"
-    if rank not in (1, 2, 3) or x.ndim != rank + 2 or grad_output.ndim != rank + 2:
+    shapes = f"x {x_shape}, grad_output {grad_shape}, weight {weight_shape}"
+    if rank not in (1, 2, 3) or len(x_shape) != rank + 2 or len(grad_shape) != rank + 2:
         raise ShapeError(f"need a batch axis, a channel axis and the same 1 to 3 spatial axes: {shapes}")
-    if x.dtype != grad_output.dtype or x.device != grad_output.device:
-        raise ShapeError(
-            f"x is {x.dtype} on {x.device}, grad_output {grad_output.dtype} on {grad_output.device}; cast one"
-        )
-    rows = x.shape[0]
+    if x_kind != grad_kind:
+        kinds = "x is {} on {}, grad_output {} on {}".format(*x_kind, *grad_kind)
+        raise ShapeError(f"{kinds}; cast one")
+    rows = x_shape[0]
     if rows_per_sample < 1 or rows % rows_per_sample:
         raise ShapeError(f"{rows} rows are not a multiple of rows_per_sample={rows_per_sample}")
     geometry = geometry.at(weight_shape[2:])
-    output_size = geometry.output_size(x.shape[2:])
-    if geometry.transposed:
-        in_channels, out_channels = weight_shape[0], weight_shape[1] * geometry.groups
-    else:
-        in_channels, out_channels = weight_shape[1] * geometry.groups, weight_shape[0]
-    if (
-        grad_output.shape[0] != rows
-        or x.shape[1] != in_channels
-        or grad_output.shape[1] != out_channels
-        or tuple(grad_output.shape[2:]) != output_size
-        or weight_shape[0] % geometry.groups
-    ):
+    groups = geometry.groups
+    first, second = weight_shape[0], weight_shape[1] * groups
+    in_channels, out_channels = (first, second) if geometry.transposed else (second, first)
+    expected = (rows, out_channels, *geometry.output_size(x_shape[2:]))
+    if grad_shape != expected or x_shape[1] != in_channels or first % groups:
         raise ShapeError(
-            f"these do not belong to one convolution with groups={geometry.groups}: {shapes}; "
-            f"expected output [{rows}, {out_channels}, {', '.join(map(str, output_size))}]"
+            f"these do not belong to one convolution with groups={groups}: {shapes}; "
+            f"expected x with {in_channels} channels and output {list(expected)}"
         )
-
     assert geometry.kernel_size is not None
+    ends = geometry.padding
     if geometry.transposed:
-        x, grad_output = grad_output, x
-        geometry = ConvGeometry(
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            groups=geometry.groups,
-        )
+        x_shape, grad_shape = grad_shape, x_shape
+        plain = ConvGeometry(geometry.kernel_size, geometry.stride, ends, geometry.dilation)
         # An output_padding of a stride or more lets this convolution reach too far: pad less after.
-        ends = [
-            (before, after - (size - reached) * stride)
-            for (before, after), stride, size, reached in zip(
-                geometry.padding,
-                geometry.stride,
-                geometry.output_size(x.shape[2:]),
-                grad_output.shape[2:],
-                strict=True,
-            )
+        too_many = [
+            size - reached
+            for size, reached in zip(plain.output_size(x_shape[2:]), grad_shape[2:], strict=True)
         ]
-    else:
-        ends = list(geometry.padding)
-    x, geometry = _pad_to_symmetry(x, geometry, ends)
+        ends = tuple(
+            (before, after - n * stride)
+            for (before, after), n, stride in zip(ends, too_many, geometry.stride, strict=True)
+        )
+    both = tuple(max(0, min(pair)) for pair in ends)
+    extra = [(before - least, after - least) for (before, after), least in zip(ends, both, strict=True)]
     problem = WeightGradProblem(
         samples=rows // rows_per_sample,
         rows_per_sample=rows_per_sample,
-        out_per_group=weight_shape[0] // geometry.groups,
+        out_per_group=weight_shape[0] // groups,
         in_per_group=weight_shape[1],
-        input_size=tuple(x.shape[2:]),
-        output_size=tuple(grad_output.shape[2:]),
-        geometry=geometry,
-        dtype=x.dtype,
-        device=x.device,
+        input_size=tuple(size + sum(pair) for size, pair in zip(x_shape[2:], extra, strict=True)),
+        output_size=grad_shape[2:],
+        geometry=ConvGeometry(geometry.kernel_size, geometry.stride, both, geometry.dilation, groups=groups),
+        dtype=x_kind[0],
+        device=x_kind[1],
     )
-    return x, grad_output, problem
-
-
-def _pad_to_symmetry(
-    x: Tensor, geometry: ConvGeometry, ends: Sequence[tuple[int, int]]
-) -> tuple[Tensor, ConvGeometry]:
-    """Pad x where one side wants more than the other, so that the rest is the same on both.
-
-    `ends` replaces the padding of `geometry`; a negative end cuts elements off.
-    """
-    both = tuple(max(0, min(pair)) for pair in ends)
-    extra = [
-        end
-        for (before, after), least in reversed(list(zip(ends, both, strict=True)))
-        for end in (before - least, after - least)
-    ]
-    # The cut may be longer than x itself: it comes second.
-    for part in ([max(0, end) for end in extra], [min(0, end) for end in extra]):
-        x = F.pad(x, part) if any(part) else x
-    return x, ConvGeometry(
-        geometry.kernel_size, geometry.stride, both, geometry.dilation, groups=geometry.groups
-    )
+    flat = [end for pair in reversed(extra) for end in pair]
+    pad, cut = tuple(max(0, end) for end in flat), tuple(min(0, end) for end in flat)
+    return _NormalForm(pad if any(pad) else None, cut if any(cut) else None, problem)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from psgrad.conv import ConvGeometry, Plan, plan, weight_grads
+from psgrad.conv import ConvGeometry, Plan, plan, planner, weight_grads
 from psgrad.conv.strategies import STRATEGIES, Cost, Strategy
 from psgrad.errors import StrategyError
 from tests.problems import ConvProblem, conv_problems
@@ -59,6 +59,11 @@ def test_a_plan_says_what_was_chosen_what_it_costs_and_why_not_the_others(verb: 
         assert any(name in line and reason in line for line in lines)
 
 
+def test_rows_per_sample_are_planned_too() -> None:
+    found = plan(*ARGUMENTS, "grads", rows_per_sample=len(ARGUMENTS[0]))
+    assert (found.problem.samples, found.problem.rows_per_sample) == (1, len(ARGUMENTS[0]))
+
+
 def test_refusals_are_told() -> None:
     x, grad, *rest = ARGUMENTS
     found = plan(x[:0], grad[:0], *rest, "grads")
@@ -86,10 +91,9 @@ class Priced(Strategy):
 
 
 def test_auto_takes_the_cheapest_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(STRATEGIES):
-        monkeypatch.delitem(STRATEGIES, name)
-    for strategy in (Priced("cheap", 1, refuses="sq_norms"), Priced("middle", 2), Priced("dear", 3)):
-        monkeypatch.setitem(STRATEGIES, strategy.name, strategy)
+    priced = (Priced("cheap", 1, refuses="sq_norms"), Priced("middle", 2), Priced("dear", 3))
+    monkeypatch.setattr(planner, "STRATEGIES", {strategy.name: strategy for strategy in priced})
+    monkeypatch.setattr(planner, "choose", planner.choose.__wrapped__)  # a cache is for the real table
     assert plan(*ARGUMENTS, "grads").chosen == "cheap"
     assert plan(*ARGUMENTS, "sq_norms").chosen == "middle"
     assert plan(*ARGUMENTS, "sq_norms").refusals == {"cheap": "no sq_norms today"}

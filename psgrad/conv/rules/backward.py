@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import move_batch_dim_to_front, reshape_dim_into, reshape_dim_outof
-from psgrad.conv.rules.call import Batched, Call, batch_length, with_one_entry, without_entries
+from psgrad.conv.rules.call import Batched, Call, batch_length, with_one_entry
 from psgrad.conv.rules.checks import check_backward
 from psgrad.conv.rules.input_grad import input_grad
 from psgrad.conv.rules.weight_grad import weight_grad
@@ -88,11 +88,11 @@ def backward(
     grad_x: OptionalBatched = (None, None)
     grad_weight: OptionalBatched = (None, None)
     want_x, want_weight, want_bias = output_mask
-    bdims = (gbdim, xbdim, wbdim)
-    if want_x and want_weight and call.margins is None and bdims == (None, None, None):
+    together = want_x and want_weight and call.margins is None
+    if together and gbdim is None and xbdim is None and wbdim is None:
         plain_x, plain_weight = call.both_grads(grad_output, x, weight, call.groups, (True, True))
         grad_x, grad_weight = (plain_x, None), (plain_weight, None)
-    elif want_x and want_weight and call.margins is None and None not in bdims and x.shape[xbdim]:
+    elif together and gbdim is not None and xbdim is not None and wbdim is not None and x.shape[xbdim] != 0:
         grad_x, grad_weight = _ensemble(grad_output, gbdim, x, xbdim, weight, wbdim, call)
     else:
         if want_x:
@@ -179,7 +179,14 @@ def slow_fallback(
     entries = []
     for b in range(max(batch, 1)):
         g, i, w = (t if bdim is None else t.select(bdim, b) for t, bdim in operands)
-        entries.append([grad for grad, _ in backward(g, None, i, None, w, None, call, mask)])
+        # one gradient a call: what is not needed is a dummy, whatever the strides of the operand
+        entries.append(
+            (
+                input_grad(g, None, i, None, w, None, call)[0] if mask[0] else None,
+                weight_grad(g, None, i, None, w, None, call)[0] if mask[1] else None,
+                compute_grad_bias(g, mask),
+            )
+        )
     grad_x, grad_weight, grad_bias = (_stacked(grads, batch) for grads in zip(*entries, strict=True))
     return grad_x, grad_weight, grad_bias
 

@@ -69,6 +69,10 @@ class Call(NamedTuple):
         self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int, mask: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         """Run `aten::convolution_backward`; what the mask leaves out is None."""
+        if mask[1] and x.is_contiguous():
+            # A fold may leave a stride on an axis of one element that reads as channels_last, and the
+            # CPU's native backend then fails: this gives the strides of the plain format.
+            x = x.view(-1).view(x.shape)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
             grad_output,
             x,

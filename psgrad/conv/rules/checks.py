@@ -74,7 +74,14 @@ def check_backward(
 
 
 def _bdims(operands: Sequence[_Named]) -> list[int | None]:
-    """Bdims counted from the front, after seeing that they exist and that `B` is one length."""
+    """Bdims counted from the front, after seeing that they exist and that `B` is one length.
+
+    Raises
+    ------
+    ShapeError
+        If they do not, or it is not.
+
+    """
     bdims: list[int | None] = []
     lengths = set()
     for name, t, bdim in operands:
@@ -93,7 +100,14 @@ def _bdims(operands: Sequence[_Named]) -> list[int | None]:
 def _fit(
     operands: Sequence[_Named], bdims: Sequence[int | None], geometry: ConvGeometry
 ) -> tuple[Call, int, tuple[int, ...]]:
-    """See that x and weight belong to the geometry; return the call and the output's C and size."""
+    """See that x and weight belong to the geometry; return the call and the output's C and size.
+
+    Raises
+    ------
+    ShapeError
+        If they do not.
+
+    """
     x = _logical_shape(operands[0][1], bdims[0])
     weight = _logical_shape(operands[1][1], bdims[1])
     if len(x) != len(weight) or not 3 <= len(x) <= 5:

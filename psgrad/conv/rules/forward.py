@@ -144,6 +144,12 @@ def _add_bias(out: Tensor, out_bdim: int | None, bias: Tensor, bias_bdim: int | 
 
     `NB(GO)` or `N(GO)`, and `B(GO)` or `(GO)`: both with `B` in front, the bias as `[B?, C, 1, ..]`
     behind a sample axis of its own, so that they broadcast on the logical rank.
+
+    Raises
+    ------
+    ShapeError
+        If the bias is not one element per channel, which broadcasting would let pass.
+
     """
     out = move_batch_dim_to_front(out, out_bdim)
     bias = move_batch_dim_to_front(bias, bias_bdim)

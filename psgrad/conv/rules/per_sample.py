@@ -15,9 +15,11 @@ from psgrad.conv.rules.backward import Gradients, backward, compute_grad_bias, m
 from psgrad.conv.rules.call import Call
 from psgrad.conv.rules.checks import check_backward
 from psgrad.conv.rules.input_grad import input_grad
+from psgrad.conv.strategies import STRATEGIES
 from psgrad.conv.verbs import weight_grads
+from psgrad.errors import StrategyError
 
-__all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
+__all__ = ["check_strategy", "cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
 
 
 def per_sample_refusal(
@@ -88,9 +90,7 @@ def cudnn_conv_per_sample_grad_rule(
     gbdim, xbdim, wbdim, call = check_backward(grad_output, gbdim, x, xbdim, weight, wbdim, geometry)
     check_strategy(strategy)
     mask = mask_of(output_mask)
-    return per_sample_backward(
-        grad_output, gbdim, x, xbdim, weight, wbdim, call, mask, geometry, strategy
-    )
+    return per_sample_backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, mask, geometry, strategy)
 
 
 def per_sample_backward(
@@ -123,6 +123,19 @@ def per_sample_backward(
         (grad_weight, 0),
         (grad_bias, 0 if want_bias else None),
     )
+
+
+def check_strategy(strategy: str) -> None:
+    """See that a strategy of this name exists.
+
+    Raises
+    ------
+    StrategyError
+        If it does not; the message has the names that do.
+
+    """
+    if strategy != "auto" and strategy not in STRATEGIES:
+        raise StrategyError(f"no strategy {strategy!r}: there are {', '.join(['auto', *STRATEGIES])}")
 
 
 def _is_dual(t: Tensor) -> bool:
