@@ -8,6 +8,8 @@ reports what there is.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +20,7 @@ from psgrad import ConfigError, PsgradError
 from psgrad.bench import machine, report
 from psgrad.bench.cases import CASE_SETS
 from psgrad.bench.peers import SUITES
+from psgrad.bench.rules import RULE_CASES, measure_rule_case
 from psgrad.bench.sweep import Result, measure_case
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible
@@ -30,8 +33,8 @@ SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "tiny"]
 class BenchConv(Settings):
     """Time the ways of computing one convolution's per-sample weight gradients."""
 
-    suite: Literal["strategies"] = "strategies"
-    """Who is compared."""
+    suite: Literal["strategies", "rules"] = "strategies"
+    """Ways of computing per-sample gradients, or the batch rules under torch.vmap."""
     sets: Annotated[tuple[SetName, ...], Field(min_length=1)] = ("tiny",)
     """Sets of layers."""
     batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (8,)
@@ -58,21 +61,24 @@ def main(argv: list[str] | None = None) -> int:
     settings = from_command_line(BenchConv, DEFAULT, argv)
     report.require_extra()
     batch_sizes, rounds = ((4,), 7) if settings.quick else (settings.batch_sizes, settings.rounds)
-    makers = SUITES[settings.suite]
-    work = [(case, n) for name in settings.sets for case in CASE_SETS[name] for n in batch_sizes]
+    measure: dict[str, Callable[..., list[Result]]] = {}
+    if settings.suite == "rules":
+        title, floor = "Batch rules of convolution under torch.vmap", "same call on PyTorch's own rules"
+        measure = {rule.name: partial(measure_rule_case, rule) for rule in RULE_CASES}
+    else:
+        title, floor = "Per-sample gradients of a convolution", "layer's ordinary weight gradient"
+        measure = {
+            f"{case.name}, N={n}": partial(measure_case, case, n, SUITES["strategies"])
+            for name in settings.sets
+            for case in CASE_SETS[name]
+            for n in batch_sizes
+        }
 
     results: list[Result] = []
-    with tqdm(work, desc="bench", unit="layer") as bar, Interruptible() as interrupt:
-        for case, batch_size in bar:
-            bar.set_postfix_str(f"{case.name}, N={batch_size}")
-            results += measure_case(
-                case,
-                batch_size,
-                makers,
-                rounds=rounds,
-                device=settings.device,
-                stop=lambda: interrupt.asked,
-            )
+    with tqdm(measure.items(), desc="bench", unit="case") as bar, Interruptible() as interrupt:
+        for name, run in bar:
+            bar.set_postfix_str(name)
+            results += run(rounds=rounds, device=settings.device, stop=lambda: interrupt.asked)
             if interrupt.asked:
                 break
     if interrupt.asked:
@@ -80,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         raise ConfigError("nothing was measured")
 
-    about = {**machine.describe(settings.device), "rounds": str(rounds), "sets": ", ".join(settings.sets)}
-    report.write(results, settings.out, title="Per-sample gradients of a convolution", about=about)
+    about = {**machine.describe(settings.device), "rounds": str(rounds)}
+    report.write(results, settings.out, title=title, about=about, floor=floor)
     print(report.table(results))
     print()
     print(report.summary(results))

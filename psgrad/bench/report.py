@@ -35,8 +35,8 @@ def require_extra() -> None:
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row a case and batch size, a column a contender.
 
-    A cell is the median of the ratios to the ordinary weight gradient and their quartiles; the least
-    is bold. A contender that is wrong or fails has its reason there.
+    A cell is the median of the ratios to the floor and their quartiles; the least is bold. A contender
+    that is wrong or fails has its reason there.
     """
     require_extra()
     from tabulate import tabulate
@@ -63,7 +63,7 @@ def summary(results: Sequence[Result]) -> str:
     return tabulate(rows, headers=["contender", "geometric mean", "cases"], tablefmt="github")
 
 
-def draw(results: Sequence[Result], path: Path, title: str) -> None:
+def draw(results: Sequence[Result], path: Path, title: str, floor: str) -> None:
     """Draw who wins where: a heat map of the ratios, the least of each row framed."""
     contenders, rows = _grid(results)
     ratios = np.full((len(rows), len(contenders)), np.nan)
@@ -98,29 +98,32 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=9)
     bar = figure.colorbar(image, ax=axes, ticks=range(-3, 4))
     bar.ax.set_yticklabels([f"{2.0**t:g}x" for t in range(-3, 4)])
-    bar.set_label("time / ordinary weight gradient")
+    bar.set_label(f"time / {floor}")
     figure.savefig(path, dpi=130)
 
 
 def write(
-    results: Sequence[Result], folder: Path, *, title: str, about: Mapping[str, str], stem: str = "bench"
+    results: Sequence[Result],
+    folder: Path,
+    *,
+    title: str,
+    about: Mapping[str, str],
+    floor: str = "ordinary weight gradient",
+    stem: str = "bench",
 ) -> None:
     """Write `<stem>.md`, `<stem>.png` and `<stem>.json` into a folder, made if missing.
 
-    Without results there is no picture.
+    `floor` says what the ratios refer to. Without results there is no picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    note = (
-        "Time over the time of the layer's ordinary weight gradient, in the same round: "
-        "median (quartiles). The least is bold."
-    )
+    note = f"Time over the time of the {floor}, in the same round: median (quartiles). The least is bold."
     parts = [f"# {title}", facts, note, table(results), summary(results)]
     (folder / f"{stem}.md").write_text("\n\n".join(parts) + "\n")
     record = {"title": title, "about": dict(about), "results": [_record(result) for result in results]}
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if results:
-        draw(results, folder / f"{stem}.png", f"{title}\n{about.get('machine', '')}")
+        draw(results, folder / f"{stem}.png", f"{title}\n{about.get('machine', '')}", floor)
 
 
 def _grid(

@@ -1,0 +1,191 @@
+"""The batch rules under `torch.vmap` against PyTorch's own, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psgrad.bench.sweep import Result
+from psgrad.bench.timing import Run, interleave, on_cpu, on_cuda
+from psgrad.conv import ConvGeometry, use_rules
+
+__all__ = ["RULE_CASES", "RuleCase", "measure_rule_case"]
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    """One operator under one `vmap`: which operands have the vmapped axis, and their shapes.
+
+    Attributes
+    ----------
+    operator
+        "forward", or "backward" for the gradients of input and weight, without that of an operand that
+        nothing batched enters.
+    batched
+        Letters of the operands with the vmapped axis: x, w (weight), b (bias), g (gradient of the output).
+    layer
+        Name of the layer.
+    channels, size, kernel_size
+        Of the layer: as many outputs as inputs, the same length on every spatial axis.
+    groups, transposed
+        Of the layer.
+    batch, samples
+        B and N.
+
+    """
+
+    operator: str
+    batched: str
+    layer: str
+    channels: int
+    size: tuple[int, ...]
+    kernel_size: int = 3
+    groups: int = 1
+    transposed: bool = False
+    batch: int = 8
+    samples: int = 4
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.operator} {self.batched} {self.layer} B={self.batch}"
+
+    def call(self) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        """Return the vmapped operator and its operands, standard normal."""
+        generator = torch.Generator().manual_seed(0)
+        kernel = (self.kernel_size,) * len(self.size)
+        geometry = ConvGeometry(kernel, 1, self.kernel_size // 2, 1, self.transposed, groups=self.groups).at(
+            kernel
+        )
+        image = (self.samples, self.channels, *self.size)
+        shapes = {
+            "x": image,
+            "w": (self.channels, self.channels // self.groups, *kernel),
+            "b": (self.channels,),
+            "g": image,
+        }
+        used = "xwb" if "b" in self.batched else "xw" if self.operator == "forward" else "gxw"
+        operands = tuple(
+            torch.randn(*(self.batch,) * (letter in self.batched), *shapes[letter], generator=generator)
+            for letter in used
+        )
+        in_dims = tuple(0 if letter in self.batched else None for letter in used)
+        numbers = (
+            geometry.stride,
+            geometry.symmetric_padding,
+            geometry.dilation,
+            self.transposed,
+            geometry.output_padding,
+            self.groups,
+        )
+        mask = (self.batched != "x", self.batched != "w", False)
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return torch.convolution(x, weight, bias, *numbers)
+
+        def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *numbers, mask)
+            return tuple(grad for grad in grads if grad is not None)
+
+        function = forward if self.operator == "forward" else backward
+        return torch.vmap(function, in_dims=in_dims), operands
+
+
+_LAYERS: tuple[dict[str, Any], ...] = (
+    {"layer": "32-32 3x3 @16", "channels": 32, "size": (16, 16)},
+    {"layer": "32-32 3x3 @16 groups 4", "channels": 32, "size": (16, 16), "groups": 4},
+    {"layer": "transposed 32-32 3x3 @16", "channels": 32, "size": (16, 16), "transposed": True},
+    {
+        "layer": "transposed 32-32 3x3 @16 groups 4",
+        "channels": 32,
+        "size": (16, 16),
+        "transposed": True,
+        "groups": 4,
+    },
+    {"layer": "64-64 5 @256", "channels": 64, "size": (256,), "kernel_size": 5},
+)
+_PER_SAMPLE: tuple[dict[str, Any], ...] = (
+    {"layer": "64-64 3x3 @16", "channels": 64, "size": (16, 16)},
+    {"layer": "256-256 3x3 @8", "channels": 256, "size": (8, 8)},
+    {"layer": "depthwise 64 3x3 @16", "channels": 64, "size": (16, 16), "groups": 64},
+    {"layer": "64-64 5 @256", "channels": 64, "size": (256,), "kernel_size": 5},
+)
+
+RULE_CASES: tuple[RuleCase, ...] = (
+    *(RuleCase("forward", batched, **layer) for layer, batched in product(_LAYERS, ("x", "w", "xw", "xwb"))),
+    *(
+        RuleCase("backward", batched, **layer)
+        for layer, batched in product(_LAYERS, ("g", "x", "w", "gx", "gw", "xw", "gxw"))
+    ),
+    *(RuleCase("backward", "gx", **layer, batch=16, samples=1) for layer in _PER_SAMPLE),
+)
+"""Every combination of batched operands on five layers, and the per-sample path (N = 1) on four."""
+
+
+class _UnderRules:
+    """A call to be made, and timed, inside `use_rules(strategy)`."""
+
+    def __init__(self, strategy: str, run: Run) -> None:
+        self.strategy = strategy
+        self.run = run
+
+    def __call__(self) -> object:
+        return self.run()
+
+
+def measure_rule_case(
+    case: RuleCase, *, rounds: int, device: str = "cpu", stop: Callable[[], bool] = lambda: False
+) -> list[Result]:
+    """Compare with PyTorch's own rules first, then time in turn; the floor is PyTorch's own.
+
+    "psgrad" is `use_rules()`; the per-sample path is timed by every strategy, too. Entering the context
+    is not timed. When `stop` says yes before a round was finished, nothing is returned.
+    """
+    function, operands = case.call()
+    operands = tuple(t.to(device) for t in operands)
+    own: Run = partial(function, *operands)
+    names = {"psgrad": "auto"}
+    if case.samples == 1:
+        names |= {strategy: strategy for strategy in ("loop", "grouped", "unfold")}
+    expected = _tensors(own())
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    for name, strategy in names.items():
+        with use_rules(strategy):
+            pairs = zip(_tensors(own()), expected, strict=True)
+            errors[name] = max(float((a - e).norm() / e.norm()) for a, e in pairs)
+        if errors[name] < 1e-4:
+            runs[name] = _UnderRules(strategy, own)
+    watch = on_cuda if device == "cuda" else on_cpu
+
+    def stopwatch(run: Run, repeats: int) -> float:
+        if not isinstance(run, _UnderRules):
+            return watch(run, repeats)
+        with use_rules(run.strategy):
+            run()
+            return watch(run, repeats)
+
+    measured = interleave(runs, own, rounds=rounds, stopwatch=stopwatch, stop=stop)
+    if runs and not measured:
+        return []
+    return [
+        Result(
+            case.name,
+            case.samples,
+            name,
+            errors[name],
+            None if name in runs else f"differs by {errors[name]:.1e}",
+            measured.get(name),
+        )
+        for name in names
+    ]
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
