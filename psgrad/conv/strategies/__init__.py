@@ -1,6 +1,7 @@
 """The strategies, one file each, and the table that names them."""
 
 from psgrad.conv.strategies.base import Cost, Strategy, Verb
+from psgrad.conv.strategies.gram import Gram
 from psgrad.conv.strategies.grouped import Grouped
 from psgrad.conv.strategies.loop import Loop
 from psgrad.conv.strategies.unfold import Unfold
@@ -11,5 +12,6 @@ STRATEGIES: dict[str, Strategy] = {
     "loop": Loop(),
     "grouped": Grouped(),
     "unfold": Unfold(),
+    "gram": Gram(),
 }
 """Every strategy by name. A new one is a file and a line here."""

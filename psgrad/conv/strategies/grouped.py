@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb
+from psgrad.conv.strategies.base import (
+    Cost,
+    Strategy,
+    Verb,
+    backend_slowdown,
+    operand_bytes,
+    samples_per_chunk,
+    with_samples,
+)
 from psgrad.conv.strategies.loop import ordinary_weight_grad
 
 __all__ = ["Grouped"]
@@ -16,7 +22,8 @@ __all__ = ["Grouped"]
 class Grouped(Strategy):
     """Samples folded into the channels: `K(NGO), K(NGI) -> (NGO)I k -> N(GO)I k`, groups N*G.
 
-    On CUDA this is the cuDNN per-sample path, and the flags of `torch.backends.cudnn` hold for it.
+    On CUDA this is the cuDNN per-sample path, and the flags of `torch.backends.cudnn` hold for it. It
+    runs in chunks of samples whose operands and result stay within a budget.
     """
 
     name = "grouped"
@@ -26,27 +33,39 @@ class Grouped(Strategy):
         return "an empty batch has no groups" if problem.samples == 0 else None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """F FLOPs in one call, at the poor rate of grouped convolutions with many groups."""
-        operands = (
-            problem.samples
-            * problem.rows_per_sample
-            * problem.groups
-            * (problem.in_per_group * prod(problem.input_size) + problem.out_per_group * problem.positions)
-        )
+        """F FLOPs in a call a chunk, at a backend's rate for its groups; a chunk's result is copied."""
+        chunk = self._chunk(problem)
         return Cost(
             flops=problem.flops,
-            bytes=2 * operands * problem.dtype.itemsize + problem.samples * problem.gradient_bytes,
-            calls=3,
-            peak_bytes=operands * problem.dtype.itemsize if problem.rows_per_sample > 1 else 0,
-            slowdown=3.0,
+            bytes=problem.samples * (operand_bytes(problem) / 4 + 2 * problem.gradient_bytes),
+            calls=4 * -(-problem.samples // chunk),
+            peak_bytes=chunk * (operand_bytes(problem) + problem.gradient_bytes),
+            slowdown=backend_slowdown(problem),
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
-        folded = ordinary_weight_grad(
-            _fold_samples(x, problem), _fold_samples(grad, problem), problem, groups_factor=problem.samples
-        )
-        return folded.reshape(problem.samples, *problem.weight_shape).contiguous()
+        chunk = self._chunk(problem)
+        if chunk >= problem.samples:
+            return _in_one_call(x, grad, problem).contiguous()
+        out = x.new_empty(problem.samples, *problem.weight_shape)
+        for start in range(0, problem.samples, chunk):
+            part = with_samples(problem, min(chunk, problem.samples - start))
+            rows = slice(start * problem.rows_per_sample, (start + part.samples) * problem.rows_per_sample)
+            out[start : start + chunk] = _in_one_call(x[rows], grad[rows], part)
+        return out
+
+    @staticmethod
+    def _chunk(problem: WeightGradProblem) -> int:
+        """Samples per call."""
+        return samples_per_chunk(problem, operand_bytes(problem) + problem.gradient_bytes)
+
+
+def _in_one_call(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+    folded = ordinary_weight_grad(
+        _fold_samples(x, problem), _fold_samples(grad, problem), problem, groups_factor=problem.samples
+    )
+    return folded.reshape(problem.samples, *problem.weight_shape)
 
 
 def _fold_samples(t: Tensor, problem: WeightGradProblem) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb
+from psgrad.conv.strategies.base import Cost, Strategy, Verb, backend_slowdown, operand_bytes
 
 __all__ = ["Loop", "ordinary_weight_grad"]
 
@@ -28,17 +26,13 @@ class Loop(Strategy):
         return None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """F FLOPs in N calls; every gradient is written, and read again to copy or square it."""
-        operands = problem.rows_per_sample * (
-            problem.groups * problem.in_per_group * prod(problem.input_size)
-            + problem.groups * problem.out_per_group * problem.positions
-        )
-        per_sample = operands * problem.dtype.itemsize + 3 * problem.gradient_bytes
+        """F FLOPs in N calls at a backend's rate; every gradient is made, then copied or squared."""
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * per_sample,
+            bytes=problem.samples * (operand_bytes(problem) / 4 + 2 * problem.gradient_bytes),
             calls=2 * problem.samples,
             peak_bytes=problem.gradient_bytes,
+            slowdown=backend_slowdown(problem),
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import CHUNK_BYTES, Cost, Strategy, Verb, samples_within
+from psgrad.conv.strategies.base import Cost, Strategy, Verb, samples_per_chunk
 
 __all__ = ["Unfold", "patches"]
 
@@ -27,23 +27,22 @@ class Unfold(Strategy):
         return None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """F FLOPs; the unfolded copy is written and read; a call per chunk and operation."""
+        """F FLOPs; the unfolded copy is written, and read from cache; a product per sample and group."""
         unfolded = self._unfolded_bytes(problem)
-        chunks = -(-problem.samples // samples_within(CHUNK_BYTES, unfolded))
-        grad_bytes = problem.rows_per_sample * problem.positions * problem.groups * problem.out_per_group
-        per_sample = 3 * unfolded + 2 * grad_bytes * problem.dtype.itemsize + problem.gradient_bytes
+        chunk = samples_per_chunk(problem, unfolded)
+        copied = 1.35 if problem.geometry.kernel_positions > 1 else 0.35
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * per_sample,
-            calls=6 * chunks,
-            peak_bytes=min(max(CHUNK_BYTES, unfolded), problem.samples * unfolded),
+            bytes=problem.samples * (copied * unfolded + 0.35 * problem.gradient_bytes),
+            calls=3 + problem.samples * problem.groups // 30,
+            peak_bytes=min(chunk, problem.samples) * unfolded,
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
         n, k, g = problem.samples, problem.rows_per_sample, problem.groups
         out = x.new_empty(n, g, problem.out_per_group, problem.weight_numel // (g * problem.out_per_group))
-        chunk = samples_within(CHUNK_BYTES, self._unfolded_bytes(problem))
+        chunk = samples_per_chunk(problem, self._unfolded_bytes(problem))
         for start in range(0, n, chunk):
             count = min(chunk, n - start)
             rows = slice(start * k, (start + count) * k)

@@ -1,0 +1,184 @@
+"""`gram`: the norm of a weight gradient from two Gram matrices, without unfolding.
+
+For one sample and group, with patches P_t of x and output gradients g_t,
+
+    ||sum_t g_t P_t^T||^2 = sum_{t,t'} <g_t, g_t'> <P_t, P_t'> = sum_{t,t'} D[t,t'] S[t,t'].
+
+S need not unfold x: with the Gram R[u,u'] = <x_u, x_u'> of single input positions,
+
+    S[t,t'] = sum over kernel offsets d of R[s t + dil d - p, s t' + dil d - p],
+
+a sum of shifted copies of R that separates axis by axis. With a stride s only input positions of one
+residue class modulo s meet, so R is made per class. This is the "ghost" norm of Bu et al. (2022) and Li
+et al. (2022) at the cost `T_in^2 C_in + T^2 C_out` in place of `T^2 (C_in k + C_out)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from psgrad.conv.numerics import accumulation_dtype
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunk_bytes, samples_per_chunk, with_samples
+from psgrad.conv.strategies.loop import Loop
+
+__all__ = ["Gram"]
+
+CANCELLATION = 1e-3
+"""A squared norm below this share of the sum's magnitude is computed again, directly.
+
+Rounding leaves an error of about `1e-7 / sqrt(terms)` of that magnitude, so that what stays is good to
+1e-4 and never lost: a norm that comes out low would leave a sample unclipped.
+"""
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One residue class of input positions on one axis: its residue and its shifts of the output."""
+
+    residue: int
+    shifts: tuple[int, ...]
+
+
+class Gram(Strategy):
+    """Squared norms from Gram matrices over positions; the gradients are never written.
+
+    Wins where the positions K T are few against the channels. Sums are kept in float32 at least.
+    """
+
+    name = "gram"
+
+    def refusal(self, problem: WeightGradProblem, verb: Verb) -> str | None:
+        """Refuse gradients, depthwise convolutions and Gram matrices beyond the memory for temporaries."""
+        if verb != "sq_norms":
+            return "a Gram matrix gives norms, not gradients"
+        if problem.in_per_group == 1 and problem.groups > 1:
+            return "depthwise: a group has one channel, its gradient is smaller than a Gram matrix"
+        budget = 8 * chunk_bytes(problem)
+        if self._bytes(problem) > budget:
+            return f"the Gram matrices of one sample take {self._bytes(problem)} bytes, over {budget}"
+        return None
+
+    def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
+        """Two Gram matrices and the shifted sums, counted per residue class."""
+        p = problem
+        per_sample = 2.0 * (p.rows_per_sample * p.positions) ** 2 * p.groups * p.out_per_group
+        moved, calls = 0.0, 8
+        for phases in product(*_phases(p)):
+            sizes = _phase_sizes(p, phases)
+            here = p.rows_per_sample * prod(sizes)
+            per_sample += 2.0 * here**2 * p.groups * p.in_per_group
+            done = list(p.output_size)
+            for axis in reversed(range(len(sizes))):
+                done[axis] = sizes[axis]
+                adds = (p.rows_per_sample * prod(sizes[:axis]) * prod(p.output_size[axis:])) ** 2
+                moved += 3.0 * adds * len(phases[axis].shifts) * p.groups
+                calls += len(phases[axis].shifts)
+        moved += 4.0 * p.groups * (p.rows_per_sample * p.positions) ** 2
+        size = accumulation_dtype(p.dtype).itemsize
+        chunks = -(-p.samples // samples_per_chunk(p, self._bytes(p)))
+        return Cost(
+            flops=p.samples * per_sample,
+            bytes=p.samples * moved * size,
+            calls=chunks * calls,
+            peak_bytes=min(samples_per_chunk(p, self._bytes(p)), p.samples) * self._bytes(p),
+        )
+
+    def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """Never called: `refusal` says so."""
+        raise NotImplementedError("gram refuses grads")
+
+    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.sq_norms`."""
+        dtype = accumulation_dtype(x.dtype)
+        norms = x.new_empty(problem.samples, dtype=dtype)
+        chunk = samples_per_chunk(problem, self._bytes(problem))
+        for start in range(0, problem.samples, chunk):
+            count = min(chunk, problem.samples - start)
+            rows = slice(start * problem.rows_per_sample, (start + count) * problem.rows_per_sample)
+            part = with_samples(problem, count)
+            norms[start : start + count] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
+        # NaN compares false: it stays, for the caller to see.
+        again = norms.isneginf()
+        for n in again.nonzero().flatten().tolist():
+            rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
+            norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
+        return norms
+
+    @staticmethod
+    def _bytes(problem: WeightGradProblem) -> int:
+        """Bytes of one sample's largest temporaries: D, S, and R of one residue class with its sums."""
+        p = problem
+        entries = 2 * (p.rows_per_sample * p.positions) ** 2
+        largest = max(prod(_phase_sizes(p, phases)) for phases in product(*_phases(p)))
+        entries += 2 * (p.rows_per_sample * largest) ** 2
+        return p.groups * entries * accumulation_dtype(p.dtype).itemsize
+
+
+def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+    """Squared norms `[N]`; -inf where cancellation has eaten the digits."""
+    p = problem
+    # (NK)(GO)T -> NG (KT) O; D: NG (KT)(KT)
+    g = grad.reshape(p.samples, p.rows_per_sample, p.groups, p.out_per_group, p.positions)
+    g = g.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    d = g @ g.transpose(2, 3)
+    s = torch.zeros_like(d)
+    padding = [end for size in reversed(p.geometry.symmetric_padding) for end in (size, size)]
+    padded = F.pad(x, padding) if any(padding) else x
+    for phases in product(*_phases(p)):
+        s += _shifted_gram(padded, p, phases).reshape(s.shape)
+    norms = (d * s).sum((1, 2, 3))
+    # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
+    diagonal = d.diagonal(dim1=2, dim2=3).clamp(min=0) * s.diagonal(dim1=2, dim2=3).clamp(min=0)
+    magnitude = diagonal.sqrt().sum(2).square().sum(1)
+    eaten = (norms < CANCELLATION * magnitude) & (magnitude > 0)
+    return norms.masked_fill(eaten, float("-inf"))
+
+
+def _shifted_gram(padded: Tensor, problem: WeightGradProblem, phases: tuple[_Phase, ...]) -> Tensor:
+    """Sum of the shifted R of one residue class: `N G (K T..) (K T'..)`."""
+    p = problem
+    sizes = _phase_sizes(p, phases)
+    for axis, (phase, size) in enumerate(zip(phases, sizes, strict=True)):
+        step = p.geometry.stride[axis]
+        padded = padded.narrow(axis + 2, phase.residue, (size - 1) * step + 1)[
+            (slice(None),) * (axis + 2) + (slice(None, None, step),)
+        ]
+    # (NK)(GI)U -> NG (KU) I
+    u = padded.reshape(p.samples, p.rows_per_sample, p.groups, p.in_per_group, prod(sizes))
+    u = u.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    gram = u @ u.transpose(2, 3)
+    k, rank = p.rows_per_sample, len(sizes)
+    gram = gram.reshape(p.samples, p.groups, k, *sizes, k, *sizes)
+    for axis in reversed(range(rank)):
+        left, right, out = 3 + axis, 4 + rank + axis, p.output_size[axis]
+        first, *others = (gram.narrow(left, q, out).narrow(right, q, out) for q in phases[axis].shifts)
+        gram = sum(others, first)
+    return gram
+
+
+def _phases(problem: WeightGradProblem) -> list[list[_Phase]]:
+    """Return for each axis the residue classes that some kernel offset reaches, in padded coordinates."""
+    geometry = problem.geometry
+    assert geometry.kernel_size is not None
+    axes = []
+    for kernel, stride, dilation in zip(
+        geometry.kernel_size, geometry.stride, geometry.dilation, strict=True
+    ):
+        shifts: dict[int, list[int]] = {}
+        for d in range(kernel):
+            shift, residue = divmod(dilation * d, stride)
+            shifts.setdefault(residue, []).append(shift)
+        axes.append([_Phase(residue, tuple(q)) for residue, q in shifts.items()])
+    return axes
+
+
+def _phase_sizes(problem: WeightGradProblem, phases: tuple[_Phase, ...]) -> tuple[int, ...]:
+    """Input positions of a residue class that some output position reads, per axis."""
+    return tuple(out + max(phase.shifts) for out, phase in zip(problem.output_size, phases, strict=True))
