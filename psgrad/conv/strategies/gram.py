@@ -78,7 +78,7 @@ class Gram(Strategy):
             for axis in reversed(range(len(sizes))):
                 done[axis] = sizes[axis]
                 adds = (p.rows_per_sample * prod(sizes[:axis]) * prod(p.output_size[axis:])) ** 2
-                moved += 3.0 * adds * len(phases[axis].shifts) * p.groups
+                moved += 1.5 * adds * len(phases[axis].shifts) * p.groups
                 calls += len(phases[axis].shifts)
         moved += 4.0 * p.groups * (p.rows_per_sample * p.positions) ** 2
         size = accumulation_dtype(p.dtype).itemsize
