@@ -98,23 +98,24 @@ class RuleCase:
 
 
 _LAYERS: tuple[dict[str, Any], ...] = (
-    {"layer": "32-32 3x3 @16", "channels": 32, "size": (16, 16)},
-    {"layer": "32-32 3x3 @16 groups 4", "channels": 32, "size": (16, 16), "groups": 4},
-    {"layer": "transposed 32-32 3x3 @16", "channels": 32, "size": (16, 16), "transposed": True},
+    {"layer": "64-64 3x3 @32", "channels": 64, "size": (32, 32)},
+    {"layer": "64-64 3x3 @32 groups 4", "channels": 64, "size": (32, 32), "groups": 4},
+    {"layer": "transposed 64-64 3x3 @32", "channels": 64, "size": (32, 32), "transposed": True},
     {
-        "layer": "transposed 32-32 3x3 @16 groups 4",
-        "channels": 32,
-        "size": (16, 16),
+        "layer": "transposed 64-64 3x3 @32 groups 4",
+        "channels": 64,
+        "size": (32, 32),
         "transposed": True,
         "groups": 4,
     },
-    {"layer": "64-64 5 @256", "channels": 64, "size": (256,), "kernel_size": 5},
+    {"layer": "64-64 5 @1024", "channels": 64, "size": (1024,), "kernel_size": 5},
 )
+_SMALL: dict[str, Any] = {"layer": "16-16 3x3 @8", "channels": 16, "size": (8, 8)}
 _PER_SAMPLE: tuple[dict[str, Any], ...] = (
-    {"layer": "64-64 3x3 @16", "channels": 64, "size": (16, 16)},
+    {"layer": "64-64 3x3 @32", "channels": 64, "size": (32, 32)},
     {"layer": "256-256 3x3 @8", "channels": 256, "size": (8, 8)},
-    {"layer": "depthwise 64 3x3 @16", "channels": 64, "size": (16, 16), "groups": 64},
-    {"layer": "64-64 5 @256", "channels": 64, "size": (256,), "kernel_size": 5},
+    {"layer": "depthwise 64 3x3 @32", "channels": 64, "size": (32, 32), "groups": 64},
+    {"layer": "64-64 5 @1024", "channels": 64, "size": (1024,), "kernel_size": 5},
 )
 
 RULE_CASES: tuple[RuleCase, ...] = (
@@ -123,9 +124,12 @@ RULE_CASES: tuple[RuleCase, ...] = (
         RuleCase("backward", batched, **layer)
         for layer, batched in product(_LAYERS, ("g", "x", "w", "gx", "gw", "xw", "gxw"))
     ),
-    *(RuleCase("backward", "gx", **layer, batch=16, samples=1) for layer in _PER_SAMPLE),
+    *(RuleCase("forward", batched, **_SMALL) for batched in ("x", "w", "xw")),
+    *(RuleCase("backward", batched, **_SMALL) for batched in ("gx", "gw", "gxw")),
+    *(RuleCase("backward", "gx", **layer, batch=32, samples=1) for layer in _PER_SAMPLE),
 )
-"""Every combination of batched operands on five layers, and the per-sample path (N = 1) on four."""
+"""Every combination of batched operands on five layers of a network's size; a small layer, which shows
+what a call costs; and the per-sample path (N = 1) on four."""
 
 
 class _UnderRules:

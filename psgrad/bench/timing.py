@@ -1,4 +1,4 @@
-"""Interleaved timing: floor, A, B, C, floor, A, B, C, ... and ratios within a round.
+"""Interleaved timing: floor, A, B, C, then A, B, C, floor, ... and ratios within a round.
 
 On a machine that others use too, seconds mean little; what a contender takes against the floor a
 moment earlier does.
@@ -79,7 +79,10 @@ def interleave(
     least_seconds: float = 5e-3,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measurement]:
-    """Time each contender once a round, after the floor, `rounds` times.
+    """Time the floor and each contender once a round, `rounds` times.
+
+    Each round begins with the next of them: who runs after whom decides what is in the caches and in
+    the allocator.
 
     A round before the first warms up and is dropped; it also tells how many calls in a row each one
     needs for a time that the clock resolves.
@@ -111,11 +114,13 @@ def interleave(
         stopwatch(run, 1)
         repeats[name] = max(1, ceil(least_seconds / max(stopwatch(run, 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
-    for _ in range(rounds):
+    names = list(everyone)
+    for turn in range(rounds):
         if stop():
             break
-        for name, run in everyone.items():
-            seconds[name].append(stopwatch(run, repeats[name]) / repeats[name])
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(stopwatch(everyone[name], repeats[name]) / repeats[name])
     if not seconds[""]:
         return {}
     return {

@@ -24,12 +24,12 @@ def runs(*names: str) -> dict:
     return {name: lambda name=name: name for name in names}
 
 
-def test_contenders_take_turns_after_the_floor() -> None:
+def test_everyone_takes_turns_and_goes_first_in_turn() -> None:
     clock = Clock({"floor": 1.0, "a": 2.0, "b": 3.0})
     interleave(runs("a", "b"), lambda: "floor", rounds=3, stopwatch=clock)
     turns = [name for name, _ in clock.seen]
     assert turns[:6] == ["floor", "floor", "a", "a", "b", "b"]  # warm-up and calibration
-    assert turns[6:] == ["floor", "a", "b"] * 3
+    assert turns[6:] == ["floor", "a", "b", "a", "b", "floor", "b", "floor", "a"]
 
 
 def test_ratios_are_within_a_round_and_the_warm_up_is_dropped() -> None:
