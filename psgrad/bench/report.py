@@ -83,7 +83,9 @@ def draw(results: Sequence[Result], path: Path, title: str, floor: str) -> None:
                 continue
             ratios[i, j] = result.measurement.ratio
             weight = "bold" if name == best else "normal"
-            axes.text(j, i, f"{ratios[i, j]:.2f}", ha="center", va="center", fontsize=8, fontweight=weight)
+            color = "white" if abs(np.log2(ratios[i, j])) > 2.3 else "black"
+            text = f"{ratios[i, j]:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, fontweight=weight, color=color)
             if name == best:
                 axes.plot(
                     [j - 0.47, j + 0.47, j + 0.47, j - 0.47, j - 0.47],

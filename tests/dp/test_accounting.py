@@ -1,6 +1,8 @@
 """P6: what is reported is spent."""
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
 
 from psgrad import ConfigError
 from psgrad.dp import PRVAccountant, epsilon_spent, noise_multiplier_for
@@ -18,9 +20,6 @@ def test_the_noise_multiplier_meets_the_target_from_below(epsilon, rate, steps):
 
 
 def test_reported_epsilon_is_not_under_an_independent_accountant():
-    dp_accounting = pytest.importorskip("dp_accounting")
-    from dp_accounting.pld import PLDAccountant
-
     accountant = PRVAccountant()
     for _ in range(100):
         accountant.step(noise_multiplier=1.1, sample_rate=0.05)
