@@ -1,4 +1,4 @@
-"""The Hypothesis profile of all tests, and the skip of those that need a CUDA device."""
+"""The Hypothesis profile of all tests, the skip of those that need CUDA, Triton's interpreter without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the kernels run on the CPU
 
 settings.register_profile("psgrad", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("psgrad")

@@ -4,6 +4,7 @@ from psgrad.conv.strategies.base import Cost, Strategy, Verb
 from psgrad.conv.strategies.gram import Gram
 from psgrad.conv.strategies.grouped import Grouped
 from psgrad.conv.strategies.loop import Loop
+from psgrad.conv.strategies.triton import Triton
 from psgrad.conv.strategies.unfold import Unfold
 
 __all__ = ["STRATEGIES", "Cost", "Strategy", "Verb"]
@@ -13,5 +14,6 @@ STRATEGIES: dict[str, Strategy] = {
     "grouped": Grouped(),
     "unfold": Unfold(),
     "gram": Gram(),
+    "triton": Triton(),
 }
 """Every strategy by name. A new one is a file and a line here."""

@@ -1,0 +1,69 @@
+"""`triton`: the weight gradient as one implicit matrix product, for CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
+
+__all__ = ["Triton"]
+
+
+class Triton(Strategy):
+    """The sample and group in the grid of a Triton kernel that reads patches of x in place.
+
+    Nothing is unfolded. Norms come from an epilogue that squares and sums each tile and writes one number
+    per tile, so that gradients are never in memory. float32 operands are multiplied exactly ("ieee")
+    unless PyTorch is allowed to use TF32 for convolutions (`torch.backends.cudnn.allow_tf32` together
+    with `torch.get_float32_matmul_precision() != "highest"`).
+    """
+
+    name = "triton"
+
+    def refusal(self, problem: WeightGradProblem, verb: Verb) -> str | None:
+        """Refuse other devices (but for Triton's interpreter), float64, and empty batches."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if problem.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"Triton compiles for CUDA; the tensors are on {problem.device}"
+        if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the kernel multiplies float32, bfloat16 and float16, not {problem.dtype}"
+        return "an empty batch launches nothing" if problem.samples == 0 else None
+
+    def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
+        """F FLOPs in one launch; x and g are read once per kernel offset, mostly from cache."""
+        p = problem
+        operands = p.samples * p.rows_per_sample * p.positions * p.groups * (p.in_per_group + p.out_per_group)
+        written = p.samples * p.gradient_bytes if verb == "grads" else 4 * p.samples
+        return Cost(
+            flops=p.flops,
+            bytes=operands * p.dtype.itemsize + written,
+            calls=1 if verb == "grads" else 2,
+            peak_bytes=0,
+            slowdown=2.0 if p.device.type == "cuda" else 1e6,  # the interpreter is for tests
+        )
+
+    def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.grads`."""
+        return self._launch(x, grad, problem, store=True)
+
+    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.sq_norms`."""
+        return self._launch(x, grad, problem, store=False)
+
+    @staticmethod
+    def _launch(x: Tensor, grad: Tensor, problem: WeightGradProblem, *, store: bool) -> Tensor:
+        from psgrad.conv.strategies.triton.launch import launch  # triton may be missing: only when asked
+
+        tf32 = torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() != "highest"
+        grads, norms = launch(
+            x, grad, problem, store=store, square=not store, precision="tf32" if tf32 else "ieee"
+        )
+        result = grads if store else norms
+        assert result is not None
+        return result

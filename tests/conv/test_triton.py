@@ -1,0 +1,113 @@
+"""The Triton kernels: natively on a GPU, in Triton's interpreter without one."""
+
+import pytest
+import torch
+
+from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads
+from psgrad.conv.problem import normalise
+from psgrad.conv.strategies import STRATEGIES
+from psgrad.conv.strategies.triton.launch import launch
+from psgrad.errors import StrategyError
+from tests import oracle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES = {
+    "more than a tile of every axis": ((70, 66, 1, 1), ConvGeometry(1), (9, 9), 1),
+    "stride, dilation, padding": ((5, 4, 3, 2), ConvGeometry((3, 2), (2, 1), 1, (1, 2)), (9, 7), 1),
+    "several rows a sample": ((5, 4, 3, 3), ConvGeometry(3, padding=1), (5, 5), 3),
+    "groups": ((6, 2, 3, 3), ConvGeometry(3, groups=3), (5, 6), 1),
+    "depthwise": ((20, 1, 3, 3), ConvGeometry(3, padding=1, groups=20), (7, 5), 1),
+    "channel multiplier": ((6, 1, 3, 3), ConvGeometry(3, padding=1, groups=3), (7, 5), 2),
+    "one input channel": ((6, 1, 5), ConvGeometry(5, padding=2), (300,), 1),
+    "3-D": ((3, 2, 2, 3, 2), ConvGeometry((2, 3, 2), 1, (1, 1, 0)), (3, 4, 3), 1),
+    "transposed": (
+        (4, 2, 3, 3),
+        ConvGeometry(3, 2, 1, transposed=True, output_padding=1, groups=2),
+        (4, 3),
+        1,
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def problem(request):
+    torch.manual_seed(0)
+    weight_shape, geometry, size, rows_per_sample = CASES[request.param]
+    first, second = weight_shape[0], weight_shape[1] * geometry.groups
+    in_channels, out_channels = (first, second) if geometry.transposed else (second, first)
+    out_size = geometry.at(weight_shape[2:]).output_size(size)
+    x = torch.randn(2 * rows_per_sample, in_channels, *size, device=DEVICE)
+    grad = torch.randn(2 * rows_per_sample, out_channels, *out_size, device=DEVICE)
+    expected = weight_grads(
+        x.double(), grad.double(), weight_shape, geometry, "loop", rows_per_sample=rows_per_sample
+    )
+    return x, grad, weight_shape, geometry, rows_per_sample, expected
+
+
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("square", [True, False])
+def test_every_epilogue(problem, store, square):
+    x, grad, weight_shape, geometry, rows_per_sample, expected = problem
+    grads, norms = launch(
+        *normalise(x, grad, weight_shape, geometry, rows_per_sample),
+        store=store,
+        square=square,
+        precision="ieee",
+    )
+    assert (grads is not None, norms is not None) == (store, square)
+    if grads is not None:
+        torch.testing.assert_close(grads.double(), expected, rtol=1e-4, atol=1e-4)
+    if norms is not None:
+        torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_in_float32(problem, dtype):
+    x, grad, *rest, rows_per_sample, _ = problem
+    x, grad = x.to(dtype), grad.to(dtype)
+    expected = weight_grads(x.double(), grad.double(), *rest, "loop", rows_per_sample=rows_per_sample)
+    norms = weight_grad_sq_norms(x, grad, *rest, "triton", rows_per_sample=rows_per_sample)
+    # products of half-precision numbers are exact in float32, and nothing is rounded to half before the sum
+    torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+    grads = weight_grads(x, grad, *rest, "triton", rows_per_sample=rows_per_sample)
+    assert grads.dtype == dtype
+    unit = torch.finfo(dtype).eps
+    assert ((grads.double() - expected).abs() <= unit * expected.abs() + 1e-4).all()
+
+
+def test_the_same_every_time(problem):
+    x, grad, *rest, rows_per_sample, _ = problem
+    first, second = (
+        weight_grad_sq_norms(x, grad, *rest, "triton", rows_per_sample=rows_per_sample) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_channels_last_is_read_in_place():
+    x = torch.randn(2, 4, 5, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    grad = torch.randn(2, 3, 5, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    shape, geometry = (3, 4, 3, 3), ConvGeometry(3, padding=1)
+    grads = weight_grads(x, grad, shape, geometry, "triton")
+    expected = oracle.weight_grads(x.cpu().double(), grad.cpu().double(), shape, padding=1)
+    torch.testing.assert_close(grads.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about tensors on a CPU")
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x = torch.randn(1, 2, 3)
+    with pytest.raises(StrategyError, match=r"'triton' refuses grads.*compiles for CUDA"):
+        weight_grads(x, x, (2, 2, 1), ConvGeometry(1), "triton")
+    assert "triton" in STRATEGIES
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.gpu
+def test_precision_says_what_it_does(precision):
+    x, grad = torch.randn(4, 64, 16, 16, device="cuda"), torch.randn(4, 64, 16, 16, device="cuda")
+    shape, geometry = (64, 64, 3, 3), ConvGeometry(3, padding=1)
+    expected = weight_grads(x.double(), grad.double(), shape, geometry, "loop")
+    grads, _ = launch(*normalise(x, grad, shape, geometry), store=True, square=False, precision=precision)
+    error = (grads.double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if precision == "ieee" else 1e-3)
