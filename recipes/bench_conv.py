@@ -22,6 +22,7 @@ from psgrad.bench.cases import CASE_SETS
 from psgrad.bench.peers import SUITES
 from psgrad.bench.rules import RULE_CASES, measure_rule_case
 from psgrad.bench.sweep import Result, measure_case
+from psgrad.conv.strategies import Verb
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible
 
@@ -33,8 +34,8 @@ SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "tiny"]
 class BenchConv(Settings):
     """Time the ways of computing one convolution's per-sample weight gradients."""
 
-    suite: Literal["strategies", "rules"] = "strategies"
-    """Ways of computing per-sample gradients, or the batch rules under torch.vmap."""
+    suite: Literal["strategies", "norms", "rules"] = "strategies"
+    """Ways of computing per-sample gradients, their norms, or the batch rules under torch.vmap."""
     sets: Annotated[tuple[SetName, ...], Field(min_length=1)] = ("tiny",)
     """Sets of layers."""
     batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (8,)
@@ -66,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         title, floor = "Batch rules of convolution under torch.vmap", "same call on PyTorch's own rules"
         measure = {rule.name: partial(measure_rule_case, rule) for rule in RULE_CASES}
     else:
-        title, floor = "Per-sample gradients of a convolution", "layer's ordinary weight gradient"
+        verb: Verb = "grads" if settings.suite == "strategies" else "sq_norms"
+        what = "gradients" if verb == "grads" else "gradient norms"
+        title, floor = f"Per-sample {what} of a convolution", "layer's ordinary weight gradient"
         measure = {
-            f"{case.name}, N={n}": partial(measure_case, case, n, SUITES["strategies"])
+            f"{case.name}, N={n}": partial(measure_case, case, n, SUITES[settings.suite], verb=verb)
             for name in settings.sets
             for case in CASE_SETS[name]
             for n in batch_sizes

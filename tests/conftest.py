@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ if not torch.cuda.is_available():
 
 settings.register_profile("psgrad", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("psgrad")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests measure out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

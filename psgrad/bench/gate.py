@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psgrad.bench.cases import ConvCase
 from psgrad.bench.peers import Contender
+from psgrad.conv.strategies import Verb
 
 __all__ = ["Verdict", "check", "reference"]
 
@@ -49,17 +50,22 @@ def reference(case: ConvCase, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
             yield torch.autograd.grad(out, weight, row_grad)[0]
 
 
-def check(contender: Contender, case: ConvCase, x: Tensor, grad: Tensor) -> Verdict:
-    """Run a contender once and judge its result; an error that it raises is a reason too."""
+def check(contender: Contender, case: ConvCase, x: Tensor, grad: Tensor, verb: Verb = "grads") -> Verdict:
+    """Run a contender once and judge its result; an error that it raises is a reason too.
+
+    `verb` says what it must return: gradients `[N, *weight_shape]` or squared norms `[N]`.
+    """
     try:
         result = contender(x, grad)
     except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
         return Verdict(float("nan"), f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
-    expected_shape = (x.shape[0], *case.weight_shape)
+    expected_shape = (x.shape[0], *(case.weight_shape if verb == "grads" else ()))
     if tuple(result.shape) != expected_shape:
         return Verdict(float("nan"), f"shape {tuple(result.shape)} instead of {expected_shape}")
     worst = 0.0
     for actual, expected in zip(result.cpu(), reference(case, x, grad), strict=True):
+        if verb == "sq_norms":
+            expected = expected.square().sum()
         difference = (actual.double() - expected).norm()
         error = float(difference / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
         if not error < float("inf"):

@@ -10,7 +10,7 @@ from opacus.grad_sample.conv import compute_conv_grad_sample
 from torch import Tensor, nn
 
 from psgrad.bench.cases import ConvCase
-from psgrad.conv import weight_grads
+from psgrad.conv import weight_grad_sq_norms, weight_grads
 
 __all__ = ["SUITES", "Contender", "Maker", "ordinary_gradient"]
 
@@ -26,6 +26,18 @@ def psgrad_strategy(strategy: str, case: ConvCase) -> Contender:
     """`psgrad.conv.weight_grads` by one strategy or "auto"."""
     weight_shape, geometry = case.weight_shape, case.geometry
     return lambda x, grad: weight_grads(x, grad, weight_shape, geometry, strategy)
+
+
+def psgrad_norms(strategy: str, case: ConvCase) -> Contender:
+    """`psgrad.conv.weight_grad_sq_norms` by one strategy or "auto"."""
+    weight_shape, geometry = case.weight_shape, case.geometry
+    return lambda x, grad: weight_grad_sq_norms(x, grad, weight_shape, geometry, strategy)
+
+
+def norms_of(make: Maker, case: ConvCase) -> Contender:
+    """Squared norms `[N]` of a contender's gradients, as who has gradients only must take them."""
+    grads = make(case)
+    return lambda x, grad: grads(x, grad).flatten(1).square().sum(1)
 
 
 def opacus_grad_sampler(case: ConvCase) -> Contender:
@@ -92,6 +104,14 @@ SUITES: dict[str, dict[str, Maker]] = {
         "unfold": partial(psgrad_strategy, "unfold"),
         "opacus": opacus_grad_sampler,
         "torch.func": torch_func,
+    },
+    "norms": {
+        "auto": partial(psgrad_norms, "auto"),
+        "grouped": partial(psgrad_norms, "grouped"),
+        "unfold": partial(psgrad_norms, "unfold"),
+        "gram": partial(psgrad_norms, "gram"),
+        "opacus": partial(norms_of, opacus_grad_sampler),
+        "torch.func": partial(norms_of, torch_func),
     },
 }
 """Contenders by suite and name. The order is that of the tables."""

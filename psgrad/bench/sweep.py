@@ -13,6 +13,7 @@ from psgrad.bench.cases import ConvCase
 from psgrad.bench.gate import check
 from psgrad.bench.peers import Maker, ordinary_gradient
 from psgrad.bench.timing import Measurement, interleave, on_cpu, on_cuda
+from psgrad.conv.strategies import Verb
 
 __all__ = ["Result", "geometric_means", "measure_case"]
 
@@ -47,6 +48,7 @@ def measure_case(
     batch_size: int,
     makers: Mapping[str, Maker],
     *,
+    verb: Verb = "grads",
     rounds: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -62,7 +64,7 @@ def measure_case(
         if stop():
             return []
         contender = make(case)
-        verdicts[name] = check(contender, case, x, grad)
+        verdicts[name] = check(contender, case, x, grad, verb)
         if verdicts[name].reason is None:
             runs[name] = partial(contender, x, grad)
     floor = partial(ordinary_gradient(case), x, grad)

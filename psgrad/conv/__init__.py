@@ -1,8 +1,9 @@
 """All about one convolution, nothing about training."""
 
+from psgrad.conv.choice import plan
 from psgrad.conv.functorch import install_rules, uninstall_rules, use_rules
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.planner import Plan, plan
+from psgrad.conv.planner import Plan
 from psgrad.conv.rules import (
     compute_grad_bias,
     convolution_backward_batch_rule,

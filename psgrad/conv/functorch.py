@@ -19,10 +19,11 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch._C._functorch import _add_batch_dim, _unwrap_batched, current_level
 
+from psgrad.conv.choice import check_strategy
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.rules.call import Batched, Call
 from psgrad.conv.rules.forward import convolution
-from psgrad.conv.rules.per_sample import check_strategy, per_sample_backward
+from psgrad.conv.rules.per_sample import per_sample_backward
 from psgrad.errors import StrategyError
 
 __all__ = ["install_rules", "uninstall_rules", "use_rules"]

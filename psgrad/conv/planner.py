@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch import Tensor
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 
-from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.problem import WeightGradProblem, normalise
-from psgrad.conv.strategies import STRATEGIES, Cost, Strategy, Verb
-from psgrad.errors import StrategyError
-
-__all__ = ["DeviceRates", "Plan", "choose", "plan"]
+__all__ = ["DeviceRates", "Plan", "choose"]
 
 
 @dataclass(frozen=True)
@@ -109,49 +104,3 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
         )
     chosen = min(seconds, key=lambda name: seconds[name])
     return Plan(chosen, verb, problem, seconds, costs, refusals)
-
-
-def plan(
-    x: Tensor,
-    grad_output: Tensor,
-    weight_shape: Sequence[int],
-    geometry: ConvGeometry,
-    verb: Verb,
-    *,
-    rows_per_sample: int = 1,
-) -> Plan:
-    """Say which strategy `weight_grads` ("grads") or `weight_grad_sq_norms` ("sq_norms") would take.
-
-    Takes the arguments of these functions; reads shapes only. The same problem gives the same plan.
-
-    Raises
-    ------
-    ShapeError
-        If the shapes do not fit.
-    StrategyError
-        If the verb does not exist.
-
-    """
-    if verb not in ("grads", "sq_norms"):
-        raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
-    return choose(normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2], verb)
-
-
-def resolve(name: str, problem: WeightGradProblem, verb: Verb) -> Strategy:
-    """Return the strategy of this name, or for "auto" the planned one.
-
-    Raises
-    ------
-    StrategyError
-        If there is no such strategy, or it was named and refuses.
-
-    """
-    if name == "auto":
-        return STRATEGIES[choose(problem, verb).chosen]
-    if name not in STRATEGIES:
-        raise StrategyError(f"no strategy {name!r}: there are {', '.join(['auto', *STRATEGIES])}")
-    strategy = STRATEGIES[name]
-    reason = strategy.refusal(problem, verb)
-    if reason is not None:
-        raise StrategyError(f"strategy {name!r} refuses {verb} of weight {problem.weight_shape}: {reason}")
-    return strategy

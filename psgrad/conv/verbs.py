@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from psgrad.conv.choice import resolve
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.planner import resolve
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies.loop import ordinary_weight_grad
 from psgrad.errors import ShapeError
@@ -39,7 +39,8 @@ def weight_grads(
     geometry
         Of the convolution.
     strategy
-        "auto" for the planner's choice, or a name of `psgrad.conv.strategies.STRATEGIES`.
+        "auto" for the planner's choice, "measure" to time the candidates the first time a machine meets
+        the problem, or a name of `psgrad.conv.strategies.STRATEGIES`.
     rows_per_sample
         K, the consecutive rows of the batch that make one sample.
 

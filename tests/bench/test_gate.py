@@ -46,6 +46,14 @@ def test_the_contenders_are_right(case: ConvCase, name: str) -> None:
     assert verdict.error < 1e-5
 
 
+@pytest.mark.parametrize("name", SUITES["norms"])
+def test_the_contenders_for_norms_are_right_and_a_wrong_one_is_not(name: str) -> None:
+    contender = SUITES["norms"][name](CASE)
+    assert check(contender, CASE, *CASE.operands(3), "sq_norms").reason is None
+    wrong = check(lambda x, grad: 1.1 * contender(x, grad), CASE, *CASE.operands(3), "sq_norms")
+    assert wrong.reason == "wrong by 10.0%"
+
+
 def test_every_strategy_that_gives_gradients_is_a_contender() -> None:
     problem = normalise(*CASE.operands(2), CASE.weight_shape, CASE.geometry)[2]
     served = {name for name, strategy in STRATEGIES.items() if not strategy.refusal(problem, "grads")}

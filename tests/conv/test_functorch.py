@@ -401,7 +401,7 @@ def test_auto_passes_over_a_strategy_that_refuses_and_a_named_one_raises(
 
 @pytest.mark.parametrize("enter", [use_rules, install_rules])
 def test_unknown_strategy(enter: Callable) -> None:
-    with pytest.raises(ValueError, match="no strategy 'fastest': there are auto, loop"):
+    with pytest.raises(ValueError, match="no strategy 'fastest': there are auto, measure, loop"):
         enter("fastest").__enter__()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from psgrad.conv import ConvGeometry, Plan, plan, planner, weight_grads
+from psgrad.conv import ConvGeometry, Plan, choice, plan, planner, weight_grads
 from psgrad.conv.strategies import STRATEGIES, Cost, Strategy
 from psgrad.errors import StrategyError
 from tests.problems import ConvProblem, conv_problems
@@ -92,8 +92,9 @@ class Priced(Strategy):
 
 def test_auto_takes_the_cheapest_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     priced = (Priced("cheap", 1, refuses="sq_norms"), Priced("middle", 2), Priced("dear", 3))
-    monkeypatch.setattr(planner, "STRATEGIES", {strategy.name: strategy for strategy in priced})
-    monkeypatch.setattr(planner, "choose", planner.choose.__wrapped__)  # a cache is for the real table
+    for module in (planner, choice):
+        monkeypatch.setattr(module, "STRATEGIES", {strategy.name: strategy for strategy in priced})
+    monkeypatch.setitem(choice.PLANNED, "auto", planner.choose.__wrapped__)  # a cache is for the real table
     assert plan(*ARGUMENTS, "grads").chosen == "cheap"
     assert plan(*ARGUMENTS, "sq_norms").chosen == "middle"
     assert plan(*ARGUMENTS, "sq_norms").refusals == {"cheap": "no sq_norms today"}

@@ -161,5 +161,5 @@ def test_factors_that_do_not_fit_raise() -> None:
 @pytest.mark.parametrize("verb", [weight_grads, weight_grad_sq_norms])
 def test_an_unknown_strategy_raises_and_names_those_there_are(verb: Callable) -> None:
     arguments = (torch.zeros(3, 2, 5), torch.zeros(3, 4, 3), (4, 2, 3), ConvGeometry(3))
-    with pytest.raises(StrategyError, match=r"'fastest'.*auto, " + ", ".join(STRATEGIES)):
+    with pytest.raises(StrategyError, match=r"'fastest'.*auto, measure, " + ", ".join(STRATEGIES)):
         verb(*arguments, "fastest")

@@ -9,17 +9,16 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+from psgrad.conv.choice import check_strategy
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import move_batch_dim_to_front
 from psgrad.conv.rules.backward import Gradients, backward, compute_grad_bias, mask_of
 from psgrad.conv.rules.call import Call
 from psgrad.conv.rules.checks import check_backward
 from psgrad.conv.rules.input_grad import input_grad
-from psgrad.conv.strategies import STRATEGIES
 from psgrad.conv.verbs import weight_grads
-from psgrad.errors import StrategyError
 
-__all__ = ["check_strategy", "cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
+__all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
 
 
 def per_sample_refusal(
@@ -123,19 +122,6 @@ def per_sample_backward(
         (grad_weight, 0),
         (grad_bias, 0 if want_bias else None),
     )
-
-
-def check_strategy(strategy: str) -> None:
-    """See that a strategy of this name exists.
-
-    Raises
-    ------
-    StrategyError
-        If it does not; the message has the names that do.
-
-    """
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise StrategyError(f"no strategy {strategy!r}: there are {', '.join(['auto', *STRATEGIES])}")
 
 
 def _is_dual(t: Tensor) -> bool:

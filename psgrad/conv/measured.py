@@ -1,0 +1,154 @@
+"""Measured choices: the strategies timed once per problem, and remembered on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from psgrad.conv.planner import Plan, choose
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies import STRATEGIES, Verb
+
+__all__ = ["cache_file", "measure"]
+
+SCHEMA = 1
+"""Of the file; one with another number is not read."""
+
+ROUNDS = 3
+WORTH_TIMING = 8.0
+"""A strategy that the costs put at more than so many times the cheapest is not timed."""
+
+
+def cache_file() -> Path:
+    """Return where choices are kept: `$PSGRAD_CACHE`, else `~/.cache/psgrad` (`$XDG_CACHE_HOME`)."""
+    root = os.environ.get("PSGRAD_CACHE")
+    if root is None:
+        base = os.environ.get("XDG_CACHE_HOME")
+        root = str((Path(base) if base else Path.home() / ".cache") / "psgrad")
+    return Path(root) / "measured.json"
+
+
+def measure(problem: WeightGradProblem, verb: Verb) -> Plan:
+    """Plan a problem by timing its candidates, once.
+
+    The first plan of a problem on a machine (device, number of threads, versions of PyTorch and psgrad)
+    takes a few calls of each strategy on random tensors; later ones, in any process, a look-up. A file
+    that cannot be read or written is passed over with a warning. Strided layouts are timed as contiguous.
+
+    Returns
+    -------
+    Plan
+        As `choose` makes it, with measured seconds for those that were timed.
+
+    """
+    plan = choose(problem, verb)
+    if problem.samples == 0 or len(plan.seconds) == 1:
+        return plan
+    key = _key(problem, verb)
+    seconds = _CHOICES.get(key)
+    if seconds is None or not set(seconds) <= set(plan.seconds):
+        seconds = _time(plan)
+        _CHOICES.put(key, seconds)
+    return replace(plan, chosen=min(seconds, key=lambda name: seconds[name]), seconds=plan.seconds | seconds)
+
+
+def _time(plan: Plan) -> dict[str, float]:
+    """Seconds of each candidate, the least of interleaved rounds."""
+    p = plan.problem
+    rows = p.samples * p.rows_per_sample
+    x = torch.randn(rows, p.groups * p.in_per_group, *p.input_size, device=p.device).to(p.dtype)
+    grad = torch.randn(rows, p.groups * p.out_per_group, *p.output_size, device=p.device).to(p.dtype)
+    limit = WORTH_TIMING * min(plan.seconds.values())
+    names = [name for name, seconds in plan.seconds.items() if seconds <= limit]
+    best = dict.fromkeys(names, float("inf"))
+    with torch.no_grad():
+        for turn in range(ROUNDS + 1):  # the first warms up
+            for name in names:
+                run = STRATEGIES[name].grads if plan.verb == "grads" else STRATEGIES[name].sq_norms
+                _wait(p.device)
+                start = time.perf_counter()
+                run(x, grad, p)
+                _wait(p.device)
+                if turn:
+                    best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _machine(device: torch.device) -> str:
+    """What a timing depends on besides the problem."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, psgrad {version('psgrad')}"
+
+
+def _key(problem: WeightGradProblem, verb: Verb) -> str:
+    g = problem.geometry
+    numbers = (
+        (problem.samples, problem.rows_per_sample, g.groups, problem.out_per_group, problem.in_per_group),
+        (problem.input_size, problem.output_size, g.kernel_size, g.stride, g.symmetric_padding, g.dilation),
+    )
+    return f"{_machine(problem.device)} | {verb} {problem.dtype} {numbers}"
+
+
+class _Choices:
+    """Seconds by problem and strategy, in memory and in the file."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._path: Path | None = None
+        self._known: dict[str, dict[str, float]] = {}
+
+    def get(self, key: str) -> dict[str, float] | None:
+        with self._lock:
+            if self._path != cache_file():
+                self._path = cache_file()
+                self._known = self._read(self._path)
+            return self._known.get(key)
+
+    def put(self, key: str, seconds: dict[str, float]) -> None:
+        with self._lock:
+            self._known[key] = seconds
+            path = cache_file()
+            # another process may have written meanwhile
+            self._known = self._read(path) | self._known
+            part = path.with_suffix(f".{os.getpid()}.part")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_text(json.dumps({"schema": SCHEMA, "seconds": self._known}, indent=1))
+                os.replace(part, path)
+            except OSError as err:
+                warnings.warn(f"measured strategies are not kept: {err}", stacklevel=2)
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, dict[str, float]]:
+        try:
+            content = json.loads(path.read_text())
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']}, not {SCHEMA}")
+            return {
+                str(key): {str(name): float(seconds) for name, seconds in entry.items()}
+                for key, entry in content["seconds"].items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+            warnings.warn(f"{path} is passed over: {err}", stacklevel=2)
+            return {}
+
+
+_CHOICES = _Choices()

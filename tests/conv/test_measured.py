@@ -1,0 +1,95 @@
+"""Measured choices: timed once, remembered, and never in the way."""
+
+import json
+
+import pytest
+import torch
+
+from psgrad.conv import ConvGeometry, measured, plan, weight_grad_sq_norms, weight_grads
+from psgrad.conv.strategies import STRATEGIES
+from psgrad.errors import StrategyError
+
+ARGUMENTS = (torch.randn(4, 3, 7, 7), torch.randn(4, 5, 7, 7), (5, 3, 3, 3), ConvGeometry(3, padding=1))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSGRAD_CACHE", str(tmp_path))
+    return tmp_path / "measured.json"
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """Count the problems that are timed."""
+    real, seen = measured._time, []
+
+    def counted(plan):
+        seen.append(plan.verb)
+        return real(plan)
+
+    monkeypatch.setattr(measured, "_time", counted)
+    return seen
+
+
+def test_the_fastest_of_the_timed_is_chosen(empty_cache):
+    found = plan(*ARGUMENTS, "grads", strategy="measure")
+    timed = next(iter(json.loads(empty_cache.read_text())["seconds"].values()))
+    assert found.chosen == min(timed, key=timed.get)
+    assert {name: found.seconds[name] for name in timed} == timed
+    assert "loop" in str(found)
+
+
+def test_a_problem_is_timed_once_also_across_processes(timings, monkeypatch):
+    for _ in range(3):
+        weight_grads(*ARGUMENTS, "measure")
+    assert timings == ["grads"]
+    weight_grad_sq_norms(*ARGUMENTS, "measure")
+    assert timings == ["grads", "sq_norms"]
+    monkeypatch.setattr(measured, "_CHOICES", measured._Choices())  # as in a new process
+    weight_grads(*ARGUMENTS, "measure")
+    assert timings == ["grads", "sq_norms"]
+
+
+def test_results_are_those_of_the_loop():
+    x, grad, *rest = ARGUMENTS
+    expected = weight_grads(x, grad, *rest, "loop")
+    torch.testing.assert_close(weight_grads(x, grad, *rest, "measure"), expected)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 0, "seconds": {}}', '{"schema": 1}'])
+def test_a_file_that_is_corrupt_or_stale_is_passed_over(empty_cache, timings, content):
+    empty_cache.write_text(content)
+    with pytest.warns(UserWarning, match="passed over"):
+        weight_grads(*ARGUMENTS, "measure")
+    assert timings == ["grads"]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, timings):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PSGRAD_CACHE", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match=r"passed over|not kept"):
+        weight_grads(*ARGUMENTS, "measure")
+    weight_grads(*ARGUMENTS, "measure")
+    assert timings == ["grads"]  # remembered by this process
+
+
+def test_a_choice_that_no_longer_exists_is_timed_again(empty_cache, timings, monkeypatch):
+    weight_grads(*ARGUMENTS, "measure")
+    content = json.loads(empty_cache.read_text())
+    for entry in content["seconds"].values():
+        entry["abandoned"] = 0.0
+    empty_cache.write_text(json.dumps(content))
+    monkeypatch.setattr(measured, "_CHOICES", measured._Choices())
+    assert plan(*ARGUMENTS, "grads", strategy="measure").chosen in STRATEGIES
+    assert timings == ["grads", "grads"]
+
+
+def test_an_empty_batch_is_not_timed(timings):
+    x, grad, *rest = ARGUMENTS
+    assert weight_grads(x[:0], grad[:0], *rest, "measure").shape == (0, 5, 3, 3, 3)
+    assert timings == []
+
+
+def test_a_named_strategy_leaves_nothing_to_plan():
+    with pytest.raises(StrategyError, match=r"'loop' leaves nothing to plan: use auto or measure"):
+        plan(*ARGUMENTS, "grads", strategy="loop")
