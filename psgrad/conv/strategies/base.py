@@ -85,8 +85,13 @@ class Strategy(ABC):
 
 
 def samples_per_chunk(problem: WeightGradProblem, bytes_per_sample: int) -> int:
-    """How many samples' temporaries fit the budget of the problem's device: at least one."""
-    return max(1, chunk_bytes(problem) // max(1, bytes_per_sample))
+    """How many samples to take at a time: temporaries within the device's budget, chunks alike in size.
+
+    At least one sample, however large.
+    """
+    most = max(1, chunk_bytes(problem) // max(1, bytes_per_sample))
+    chunks = max(1, -(-problem.samples // most))
+    return max(1, -(-problem.samples // chunks))
 
 
 def chunk_bytes(problem: WeightGradProblem) -> int:
