@@ -32,7 +32,7 @@ def _input_position(t, offset, OUT_H, OUT_W, KERNEL_H, KERNEL_W, SD, SH, SW, DD,
 @triton.jit
 def weight_grad_kernel(
     x_ptr, g_ptr, out_ptr, partial_ptr,
-    ROWS, T, OUT_H, OUT_W, IN_D, IN_H, IN_W,
+    ROWS: tl.constexpr, T: tl.constexpr, OUT_H, OUT_W, IN_D, IN_H, IN_W,
     x_row, x_channel, x_d, x_h, x_w,
     g_row, g_channel, g_d, g_h, g_w,
     GROUPS: tl.constexpr, OUT_C: tl.constexpr, IN_C: tl.constexpr,
@@ -93,7 +93,7 @@ def weight_grad_kernel(
 @triton.jit
 def channelwise_kernel(
     x_ptr, g_ptr, out_ptr, partial_ptr,
-    ROWS, T, OUT_H, OUT_W, IN_D, IN_H, IN_W,
+    ROWS: tl.constexpr, T: tl.constexpr, OUT_H, OUT_W, IN_D, IN_H, IN_W,
     x_row, x_channel, x_d, x_h, x_w,
     g_row, g_channel, g_d, g_h, g_w,
     CHANNELS: tl.constexpr, OUT_C: tl.constexpr,
