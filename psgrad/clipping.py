@@ -1,8 +1,8 @@
 """`clip_per_sample`: after an ordinary `backward`, `p.grad` holds the sum of clipped gradients.
 
-Flat clipping needs every layer's norm before any weighted sum. Per layer, whichever takes less memory
-is held between the two: the written-out per-sample gradients, or the layer's input and output gradient,
-from which one ordinary weight gradient on the scaled output gradient gives the sum.
+Flat clipping needs every layer's norm before any weighted sum. Per layer, one of two things is held between
+the two: the written-out per-sample gradients, or the layer's input and output gradient, from which one
+ordinary weight gradient on the scaled output gradient gives the sum. The layer's rule says which.
 """
 
 from __future__ import annotations

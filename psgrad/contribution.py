@@ -54,7 +54,7 @@ class Contribution(ABC):
 
     @abstractmethod
     def kept(self) -> Contribution:
-        """Return the form to hold between the two verbs of clipping that takes the least memory."""
+        """Return the form to hold between the two verbs of clipping: written out, or as it is."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class LayerUse(Contribution):
         return self._by_parameter(self.rule.weighted_sum(self.call, factors))
 
     def kept(self) -> Contribution:
-        """Write the gradients out where they take less memory than the layer's input and output."""
-        grad_numel = sum(p.numel() for p in self.parameters)
-        held = (self.call.x.numel() + self.call.g.numel()) // max(1, self.samples)
-        return KeptGrads(self.path, self.grads(), self.samples) if grad_numel <= held else self
+        """Write the gradients out where the layer's rule says so."""
+        if not self.rule.keeps_grads(self.call):
+            return self
+        return KeptGrads(self.path, self.grads(), self.samples)
 
     def _by_parameter(self, named: dict[str, Tensor]) -> PerParameter:
         return {p: named[name] for name, p in zip(self.call.wanted, self.parameters, strict=True)}

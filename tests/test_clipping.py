@@ -126,20 +126,20 @@ def test_the_result_carries_its_bound():
 
 
 def test_no_ordinary_weight_gradient_is_computed_as_well():
-    """The floor in FLOPs: a layer's weight gradient is computed once."""
-    model, x, y = make()
-    names = []
+    """The floor in FLOPs: what computes a layer's input gradient leaves its weight gradient out."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    masks = []
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.convolution_backward.default:
-                names.append(args[-1])
+                masks.append(tuple(args[-1]))
             return func(*args, **(kwargs or {}))
 
     with clip_per_sample(model, 0.5):
-        loss = F.cross_entropy(model(x), y)
+        loss = model(torch.randn(6, 3, 7, 7)).square().mean()
         with Count():
             loss.backward()
-    # the first layer needs no input gradient; per sample, or on the scaled output gradient, one mask each
-    assert names
-    assert all(list(mask) == [False, True, False] for mask in names)
+    # the first layer needs no input gradient; a strategy may call the operator for the weight alone
+    assert masks.count((True, False, False)) == 1
+    assert all(mask in {(True, False, False), (False, True, False)} for mask in masks)

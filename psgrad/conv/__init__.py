@@ -13,11 +13,17 @@ from psgrad.conv.rules import (
     cudnn_conv_per_sample_grad_rule,
     slow_fallback,
 )
-from psgrad.conv.verbs import weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv.verbs import (
+    clipping_keeps_grads,
+    weight_grad_sq_norms,
+    weight_grads,
+    weighted_weight_grad,
+)
 
 __all__ = [
     "ConvGeometry",
     "Plan",
+    "clipping_keeps_grads",
     "compute_grad_bias",
     "convolution_backward_batch_rule",
     "convolution_backward_input_batch_rule",

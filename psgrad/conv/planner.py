@@ -7,8 +7,9 @@ from functools import lru_cache
 
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
+from psgrad.conv.strategies.base import backend_slowdown, operand_bytes
 
-__all__ = ["DeviceRates", "Plan", "choose"]
+__all__ = ["DeviceRates", "Plan", "choose", "keep_is_faster"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,28 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
         )
     chosen = min(seconds, key=lambda name: seconds[name])
     return Plan(chosen, verb, problem, seconds, costs, refusals)
+
+
+FRESH_BYTES = 32 * 2**20
+"""A block on a CPU beyond this comes from the system with pages that were never touched."""
+FRESH_RATE = 3.5e9
+"""Bytes/s at which such pages are touched for the first time."""
+
+
+@lru_cache(maxsize=4096)
+def keep_is_faster(problem: WeightGradProblem) -> bool:
+    """Whether clipping should write this layer's per-sample gradients out and keep them.
+
+    Clipping needs the norm of every sample's whole gradient before it can add any up. Either the
+    gradients are made once, squared and later summed; or the norms are computed, x and the output's
+    gradient kept, and one ordinary weight gradient follows. True for the first, by estimated time.
+    """
+    rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
+    grads, norms = choose(problem, "grads"), choose(problem, "sq_norms")
+    result = problem.samples * problem.gradient_bytes
+    keep = grads.seconds[grads.chosen] + 2 * result / rates.bytes
+    if problem.device.type != "cuda" and result > FRESH_BYTES:
+        keep += result / FRESH_RATE
+    ordinary = problem.flops * backend_slowdown(problem) / rates.flops
+    ordinary += problem.samples * operand_bytes(problem) / rates.bytes
+    return keep < norms.seconds[norms.chosen] + ordinary

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from psgrad.conv.choice import resolve
 from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.planner import keep_is_faster
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies.loop import ordinary_weight_grad
 from psgrad.errors import ShapeError
 
-__all__ = ["weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
+__all__ = ["clipping_keeps_grads", "weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
 
 
 @torch.no_grad()
@@ -129,3 +130,19 @@ def weighted_weight_grad(
     removed = rows == 0
     weighted = (grad_output * rows).masked_fill(removed, 0)
     return ordinary_weight_grad(x.masked_fill(removed, 0), weighted, problem)
+
+
+def clipping_keeps_grads(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    *,
+    rows_per_sample: int = 1,
+) -> bool:
+    """Whether clipping this layer is faster with its per-sample gradients written out and kept.
+
+    See `psgrad.conv.planner.keep_is_faster`. Arguments and errors are those of `weight_grads`; only
+    shapes are read.
+    """
+    return keep_is_faster(normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2])

@@ -95,6 +95,14 @@ class LayerRule(ABC):
             for name, grad in self.grads(call).items()
         }
 
+    def keeps_grads(self, call: LayerCall) -> bool:
+        """Whether clipping should hold the written-out gradients between norms and sum, not x and g.
+
+        By default where they take no more memory.
+        """
+        sizes = [call.module.get_parameter(name).numel() for name in call.wanted]
+        return call.samples * sum(sizes) <= call.x.numel() + call.g.numel()
+
 
 def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
     """`[N]` -> `[(N K), 1, ..]`, in the dtype and rank of `like`."""

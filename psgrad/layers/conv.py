@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv import (
+    ConvGeometry,
+    clipping_keeps_grads,
+    weight_grad_sq_norms,
+    weight_grads,
+    weighted_weight_grad,
+)
 from psgrad.layers.base import LayerCall, LayerRule, drop_removed, per_row, sample_sum, squared_norms
 
 __all__ = ["Convolution", "TransposedConvolution"]
@@ -61,6 +68,15 @@ class Convolution(LayerRule):
             g = g * per_row(factors, g, call.rows_per_sample)
             sums["bias"] = g.sum([axis for axis in range(g.ndim) if axis != 1])
         return sums
+
+    def keeps_grads(self, call: LayerCall) -> bool:
+        """See `LayerRule.keeps_grads`: whichever is faster, if it is not four times the memory."""
+        if "weight" not in call.wanted or call.samples == 0:
+            return True
+        x, shape, geometry = _operands(call)
+        if call.samples * math.prod(shape) > 4 * (call.x.numel() + call.g.numel()):
+            return False
+        return clipping_keeps_grads(x, call.g, shape, geometry, rows_per_sample=call.rows_per_sample)
 
 
 class TransposedConvolution(Convolution):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from psgrad.conv import ConvGeometry, Plan, choice, plan, planner, weight_grads
+from psgrad.conv import ConvGeometry, Plan, choice, clipping_keeps_grads, plan, planner, weight_grads
 from psgrad.conv.strategies import STRATEGIES, Cost, Strategy
 from psgrad.errors import StrategyError
 from tests.problems import ConvProblem, conv_problems
@@ -112,3 +112,14 @@ def test_a_plan_is_frozen() -> None:
     assert isinstance(found, Plan)
     with pytest.raises(AttributeError):
         found.chosen = "other"
+
+
+def test_clipping_keeps_small_results_and_weighs_large_ones_again() -> None:
+    """Many positions and few weights: keep. Few positions and many weights: norms by Gram, then one sum."""
+
+    def keeps(channels: int, size: int) -> bool:
+        x = torch.empty(32, channels, size, size)
+        return clipping_keeps_grads(x, x, (channels, channels, 3, 3), ConvGeometry(3, padding=1))
+
+    assert keeps(64, 32)
+    assert not keeps(512, 4)
