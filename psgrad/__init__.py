@@ -9,6 +9,7 @@ from psgrad.errors import (
     ShapeError,
     StrategyError,
 )
+from psgrad.grad_norms import GradNorms
 from psgrad.per_sample import PerSampleGrads
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ClipPerSample",
     "ClipResult",
     "ConfigError",
+    "GradNorms",
     "PerSampleGrads",
     "PsgradError",
     "RefusedModelError",

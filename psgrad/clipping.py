@@ -1,8 +1,6 @@
 """`clip_per_sample`: after an ordinary `backward`, `p.grad` holds the sum of clipped gradients.
 
-Flat clipping needs every layer's norm before any weighted sum. Per layer, one of two things is held between
-the two: the written-out per-sample gradients, or the layer's input and output gradient, from which one
-ordinary weight gradient on the scaled output gradient gives the sum. The layer's rule says which.
+Flat clipping needs every layer's norm before any weighted sum; `psgrad.held` holds the layers in between.
 """
 
 from __future__ import annotations
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture import Capture
-from psgrad.contribution import Contribution, KeptGrads
+from psgrad.contribution import Contribution
 from psgrad.errors import ConfigError
-from psgrad.per_sample import LossReduction, accumulate, checked_reduction
+from psgrad.held import Held, total_norms
+from psgrad.per_sample import LossReduction, checked_reduction
 
 __all__ = ["ClipPerSample", "ClipResult", "clip_factors", "clip_per_sample"]
 
@@ -81,8 +80,7 @@ class ClipPerSample:
         self.max_norm = float(max_norm)
         self.loss_reduction = checked_reduction(loss_reduction)
         self._result: ClipResult | None = None
-        self._held: list[Contribution] = []
-        self._norms: list[dict[nn.Parameter, Tensor]] = []
+        self._held = Held()
         self._capture = Capture(module, self, rows_per_sample)
 
     @property
@@ -101,33 +99,20 @@ class ClipPerSample:
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
-        parameters = set(contribution.parameters)
-        for i in reversed(range(len(self._held))):
-            if parameters & set(self._held[i].parameters):
-                # used before: the norm is that of the sum, so both must be written out
-                earlier, _ = self._held.pop(i), self._norms.pop(i)
-                contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
-        held = contribution.kept()
-        self._held.append(held)
-        self._norms.append(held.sq_norms())
+        self._held.add(contribution)
 
     def finish(self, samples: int) -> None:
         """Clip and publish; part of `backward`."""
         # The norm of the sample's own gradient: under "mean", backward saw 1/N of it.
         scale = samples if self.loss_reduction == "mean" else 1
-        per_parameter = [norm for norms in self._norms for norm in norms.values()]
-        dtype = torch.float64 if any(n.dtype == torch.float64 for n in per_parameter) else torch.float32
-        norms = torch.stack([n.to(dtype) for n in per_parameter]).sum(0).sqrt() * scale
+        norms = total_norms(self._held.per_layer()) * scale
         factors = clip_factors(norms, self.max_norm)
-        held, self._held, self._norms = self._held, [], []
-        for contribution in held:
-            for p, total in contribution.weighted_sum(factors).items():
-                accumulate(p, total)
+        self._held.release(factors)
         self._result = ClipResult(norms, factors, self.max_norm)
 
     def abandon(self) -> None:
         """Drop what an unfinished backward pass left."""
-        self._held, self._norms = [], []
+        self._held.clear()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

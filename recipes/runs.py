@@ -28,7 +28,7 @@ class RunFolder:
     Parameters
     ----------
     path
-        The folder, made if missing. None makes `runs/<recipe>/<time>`.
+        The folder, made when something is written. None stands for `runs/<recipe>/<time>`.
     recipe
         Name of the recipe.
     resume
@@ -47,7 +47,6 @@ class RunFolder:
             raise ConfigError(f"nothing to resume: there is no {self.checkpoint}")
         if not resume and self.checkpoint.exists():
             raise ConfigError(f"{self.path} holds a run already: resume it, or choose another --out")
-        self.path.mkdir(parents=True, exist_ok=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -61,6 +60,7 @@ class RunFolder:
 
     def log(self, **values: float) -> None:
         """Append one line of metrics."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -75,6 +75,7 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint, wholly or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self.checkpoint)
