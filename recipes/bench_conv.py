@@ -28,7 +28,7 @@ from recipes.runs import Interruptible
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_conv.toml"
 Count = Annotated[int, Field(ge=1)]
-SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "tiny"]
+SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "pointwise-and-groups", "tiny"]
 
 
 class BenchConv(Settings):

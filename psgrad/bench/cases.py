@@ -104,6 +104,12 @@ CASE_SETS: dict[str, tuple[ConvCase, ...]] = {
         ConvCase("text 64-128 5 @256", 64, 128, (256,), 5, padding=2),
         ConvCase("dilated 64-64 3d4 @512", 64, 64, (512,), 3, padding=4, dilation=4),
     ),
+    "pointwise-and-groups": (
+        ConvCase("pointwise 256-64 1x1 @56", 256, 64, (56, 56), 1),
+        ConvCase("patches 3-96 4x4/4 @32", 3, 96, (32, 32), 4, stride=4),
+        ConvCase("resnext 128 3x3 32 groups @28", 128, 128, (28, 28), 3, padding=1, groups=32),
+        ConvCase("256-256 3x3 @14", 256, 256, (14, 14), 3, padding=1),
+    ),
     "tiny": (
         ConvCase("tiny 2-3 3x3 @5", 2, 3, (5, 5), 3, padding=1),
         ConvCase("tiny 2-2 3 @7", 2, 2, (7,), 3, groups=2),
