@@ -75,7 +75,8 @@ class PerSampleGrads:
                 continue
             grads = grads.to(p.dtype)
             accumulate(p, grads.sum(0))
-            p.grad_sample = grads * samples if self._reduction == "mean" else grads  # type: ignore[attr-defined]
+            own = grads * samples if self._reduction == "mean" else grads
+            p.grad_sample = own  # type: ignore[attr-defined]  # the documented result
 
     def abandon(self) -> None:
         """Drop what an unfinished backward pass left."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -13,108 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-import psgrad.conv.rules.per_sample as per_sample
-from psgrad.conv import ConvGeometry, install_rules, uninstall_rules, use_rules
-from psgrad.conv.problem import normalise
+from psgrad.conv import install_rules, use_rules
 from psgrad.conv.strategies import STRATEGIES
 from psgrad.errors import ShapeError, StrategyError
-
-SAMPLE = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
-PROBLEM = normalise(SAMPLE, SAMPLE[..., :3, :3], (1, 1, 2, 2), ConvGeometry())[2]
-ALL = ["auto", *(name for name, s in STRATEGIES.items() if s.refusal(PROBLEM, "grads") is None)]
-OPERATORS = ("convolution", "_convolution", "convolution_backward")
-Params = dict[str, Tensor]
-
-
-def close(actual: object, expected: object) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
-
-
-def kernels() -> list[str]:
-    """The kernel that vmap finds for each operator, as the dispatcher prints it."""
-    lines = [torch._C._dispatch_dump(f"aten::{operator}").splitlines() for operator in OPERATORS]
-    return [line for dump in lines for line in dump if line.startswith("FuncTorchBatched:")]
-
-
-SHIPPED = kernels()
-
-
-@pytest.fixture(autouse=True)
-def _shipped_rules_are_back() -> Iterator[None]:
-    assert kernels() == SHIPPED
-    yield
-    assert kernels() == SHIPPED
-
-
-class Convolutions(nn.Module):
-    """A convolution, a grouped and strided one and a transposed one, in 1-, 2- or 3-D."""
-
-    def __init__(self, rank: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-        transpose = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
-        self.layers = nn.Sequential(
-            conv(2, 4, 3, padding="same", bias=False),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            conv(4, 6, 3, stride=2, padding=1, groups=2),
-            nn.Tanh(),
-            transpose(6, 4, 2, stride=2, groups=2, dilation=2, output_padding=1),
-            nn.Tanh(),
-            nn.Flatten(1),
-            nn.LazyLinear(3),
-        )
-        self.layers(torch.zeros(1, 2, *(4,) * rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def model(rank: int = 2, seed: int = 0, dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(seed)
-    return Convolutions(rank, dropout).double()
-
-
-def parameters(module: nn.Module) -> Params:
-    return {name: p.detach() for name, p in module.named_parameters()}
-
-
-def samples(rank: int = 2, count: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 2, *(4,) * rank, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (count,), generator=generator)
-
-
-def loss_of(module: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:
-    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(module, params, (x[None],)), y[None])
-
-    return loss
-
-
-def looped(module: nn.Module, x: Tensor, y: Tensor) -> Params:
-    """Per-sample gradients by autograd, one sample at a time."""
-    rows = []
-    for n in range(len(x)):
-        loss = F.cross_entropy(module(x[n : n + 1]), y[n : n + 1])
-        rows.append(torch.autograd.grad(loss, list(module.parameters())))
-    names = [name for name, _ in module.named_parameters()]
-    return {name: torch.stack(grads) for name, grads in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The strategies that backward passes have asked for, in order."""
-    names: list[str] = []
-    original = per_sample.weight_grads
-
-    def recording(*args):
-        names.append(args[-1])
-        return original(*args)
-
-    monkeypatch.setattr(per_sample, "weight_grads", recording)
-    return names
-
+from tests.conv.functorch_models import (
+    ALL,
+    Params,
+    close,
+    looped,
+    loss_of,
+    model,
+    parameters,
+    samples,
+)
 
 # Per-sample gradients
 
@@ -403,157 +312,3 @@ def test_auto_passes_over_a_strategy_that_refuses_and_a_named_one_raises(
 def test_unknown_strategy(enter: Callable) -> None:
     with pytest.raises(ValueError, match="no strategy 'fastest': there are auto, measure, loop"):
         enter("fastest").__enter__()
-
-
-# Being there, and being gone
-
-
-def test_the_kernels_are_there_and_gone() -> None:
-    with use_rules():
-        inside = kernels()
-    assert len(inside) == len(OPERATORS)
-    assert not set(inside) & set(SHIPPED)
-
-
-def test_the_shipped_rules_are_back_after_an_exception() -> None:
-    def fail(x: Tensor) -> Tensor:
-        F.conv2d(x, torch.zeros(1, 2, 3, 3).double())
-        raise KeyError("user")
-
-    with pytest.raises(KeyError, match="user"), use_rules("loop"):
-        vmap(fail)(samples()[0])
-    with pytest.raises(ZeroDivisionError), use_rules("loop"), use_rules("unfold"):
-        _ = 1 / 0
-    assert kernels() == SHIPPED
-
-
-def gradients_of_one_layer() -> None:
-    x = torch.ones(2, 1, 2, 3, 3)
-    vmap(grad(lambda w, x: F.conv2d(x, w).sum()), (None, 0))(torch.ones(1, 2, 2, 2), x)
-
-
-def test_nesting_inner_strategy_wins_and_outer_comes_back(used: list[str]) -> None:
-    with use_rules("loop"):
-        gradients_of_one_layer()
-        with use_rules("unfold"):
-            gradients_of_one_layer()
-            with use_rules("auto"):
-                gradients_of_one_layer()
-        gradients_of_one_layer()
-    gradients_of_one_layer()  # PyTorch's own
-    assert used == ["loop", "unfold", "auto", "loop"]
-
-
-def test_install_and_uninstall(used: list[str]) -> None:
-    install_rules("loop")
-    try:
-        gradients_of_one_layer()
-        install_rules("unfold")
-        gradients_of_one_layer()
-        with use_rules("grouped"):
-            gradients_of_one_layer()
-            uninstall_rules()
-            gradients_of_one_layer()
-        gradients_of_one_layer()
-    finally:
-        uninstall_rules()
-    gradients_of_one_layer()
-    assert used == ["loop", "unfold", "grouped", "grouped", "loop"]
-    with pytest.raises(StrategyError, match="uninstall_rules"):
-        uninstall_rules()
-    with use_rules(), pytest.raises(StrategyError, match="uninstall_rules"):
-        uninstall_rules()
-
-
-def test_threads_follow_their_own_strategies(used: list[str]) -> None:
-    here, there, failed = threading.Event(), threading.Event(), []
-
-    def other() -> None:
-        try:
-            gradients_of_one_layer()  # without a use of its own: the newest
-            with use_rules("unfold"):
-                gradients_of_one_layer()
-                there.set()
-                assert here.wait(60)
-                gradients_of_one_layer()  # the first thread has left
-        except BaseException as error:
-            failed.append(error)
-            raise
-
-    with use_rules("auto"), use_rules("loop"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert there.wait(60)
-        gradients_of_one_layer()
-    here.set()
-    thread.join()
-    assert not failed
-    assert used == ["loop", "unfold", "loop", "unfold"]
-
-
-def test_many_threads_enter_and_leave() -> None:
-    x, y = samples()
-    failed = []
-
-    def work(strategy: str) -> None:
-        net = copy.deepcopy(shared)  # functional_call swaps the module's parameters
-        try:
-            for _ in range(10):
-                with use_rules(strategy):
-                    close(vmap(grad(loss_of(net)), (None, 0, 0))(parameters(net), x, y), right)
-        except BaseException as error:
-            failed.append(error)
-
-    shared = model()
-    right = looped(shared, x, y)
-    threads = [threading.Thread(target=work, args=(strategy,)) for strategy in ALL]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
-# torch.compile
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("strategy", ["auto", "unfold"])
-def test_a_compiled_function_is_traced_with_the_rules(strategy: str, used: list[str]) -> None:
-    net, (x, y) = model(), samples()
-    compiled = torch.compile(vmap(grad(loss_of(net)), (None, 0, 0)), backend="aot_eager", fullgraph=True)
-    with use_rules(strategy):
-        close(compiled(parameters(net), x, y), looped(net, x, y))
-    assert set(used) == {strategy}
-    close(compiled(parameters(net), x, y), looped(net, x, y))  # its graph stays as it was traced
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_code_cannot_install_the_rules() -> None:
-    x, w = torch.ones(2, 1, 2, 3, 3), torch.ones(1, 2, 2, 2)
-
-    def inside(x: Tensor) -> Tensor:
-        with use_rules():
-            return vmap(lambda x: F.conv2d(x, w))(x)
-
-    def installing(x: Tensor) -> Tensor:
-        install_rules()
-        return x
-
-    def uninstalling(x: Tensor) -> Tensor:
-        uninstall_rules()
-        return x
-
-    for function in (inside, installing, uninstalling):
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-        with pytest.raises(RuntimeError, match="around the compiled function"):
-            compiled(x)
-    # without fullgraph that piece runs uncompiled
-    close(torch.compile(inside, backend="aot_eager")(x), torch.full((2, 1, 1, 2, 2), 8.0))

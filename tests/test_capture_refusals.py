@@ -1,0 +1,148 @@
+"""What capture cannot do raises: by module or parameter, and with a way out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from psgrad import CaptureError, PerSampleGrads, RefusedModelError, ShapeError
+from tests.model_oracle import grads_one_by_one, squared_loss
+from tests.test_capture import make
+
+
+def test_a_parameter_used_elsewhere_is_named():
+    class UsesChildsWeight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"linear": nn.Linear(3, 3)})
+
+        def forward(self, x):
+            return F.linear(self.inner["linear"](x), self.inner["linear"].weight)
+
+    model = UsesChildsWeight()
+    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"inner\.linear\.weight"):
+        model(torch.randn(2, 3)).sum().backward()
+
+
+def test_a_penalty_on_weights_is_named():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"0\.weight.*weight_decay"):
+        (model(torch.randn(2, 3)).mean() + model[0].weight.square().sum()).backward()
+
+
+def test_after_a_failed_backward_the_next_one_is_clean():
+    model, x = make("in-place residual")
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model):
+        handle = model.conv1.register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            squared_loss(model, x + 1).backward()
+        handle.remove()
+        model.zero_grad()
+        squared_loss(model, x).backward()
+    for path, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_sample, expected[path])
+
+
+def test_batch_norm_is_refused_by_path():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()))
+    with pytest.raises(RefusedModelError, match=r"1\.0 \(BatchNorm2d\).*GroupNorm"):
+        PerSampleGrads(model)
+    with PerSampleGrads(model.eval()):
+        model(torch.randn(2, 3, 4, 4)).sum().backward()
+        model.train()
+        with pytest.raises(RefusedModelError, match=r"1\.0"):
+            model(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
+        (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), "running statistics"),
+        (nn.SyncBatchNorm(3), "statistics of the whole batch"),
+        (nn.BatchNorm2d(3, track_running_stats=False).eval(), "statistics of the whole batch"),
+    ],
+)
+def test_settings_without_per_sample_gradients_are_refused(layer, reason):
+    with pytest.raises(RefusedModelError, match=reason):
+        PerSampleGrads(nn.Sequential(layer, nn.Linear(2, 2)))
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(RefusedModelError, match="no trainable parameter"):
+        PerSampleGrads(nn.Sequential(nn.ReLU()))
+
+
+def test_a_parameter_unfrozen_after_attaching_is_named():
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+    with PerSampleGrads(model):
+        model[0].requires_grad_(True)
+        with pytest.raises(CaptureError, match=r"0\.bias, 0\.weight"):
+            model(torch.randn(2, 3))
+        with pytest.raises(CaptureError, match=r"0\.bias, 0\.weight"):
+            model[1](model[0](torch.randn(2, 3))).sum().backward()
+
+
+def test_a_second_handle_is_refused():
+    model = nn.Linear(2, 2)
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="attached already"):
+        PerSampleGrads(model)
+
+
+def test_a_batch_of_the_wrong_rank_names_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with PerSampleGrads(model), pytest.raises(ShapeError, match=r"0 \(Conv2d\).*batch.*\(3, 5, 5\)"):
+        model(torch.randn(3, 5, 5))
+
+
+def test_rows_that_are_not_samples_name_the_layer():
+    class Frames(nn.Module):
+        """Every frame a row, then averaged: clipping these rows would not clip samples."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    model = Frames()
+    with PerSampleGrads(model), pytest.raises(ShapeError, match=r"conv \(Conv2d\).*6 rows.*2 rows"):
+        model(torch.randn(2, 3, 3, 5, 5))
+
+
+def test_rows_per_sample_must_divide_the_batch():
+    model = nn.Linear(2, 2)
+    with PerSampleGrads(model, rows_per_sample=2), pytest.raises(ShapeError, match="rows_per_sample=2"):
+        model(torch.randn(3, 2))
+
+
+def test_batches_of_two_sizes_in_one_backward():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    with PerSampleGrads(model), pytest.raises(ShapeError, match="samples in"):
+        (model["a"](torch.randn(3, 2)).sum() + model["b"](torch.randn(4, 2)).sum()).backward()
+
+
+def test_a_module_vmap_cannot_run_is_named_with_a_way_out():
+    class Unmappable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.w * x.sum().item()
+
+    model = nn.Sequential(nn.Linear(3, 3), Unmappable())
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"1 \(Unmappable\).*vmap"):
+        model(torch.randn(2, 3))
+
+
+def test_second_backward_through_one_forward_is_a_clear_error():
+    model = nn.Linear(2, 2)
+    with PerSampleGrads(model):
+        loss = model(torch.randn(3, 2, requires_grad=True)).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(CaptureError, match="second backward"):
+            loss.backward()
