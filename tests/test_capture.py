@@ -291,3 +291,27 @@ def test_a_copy_is_free_of_the_capture(copied):
         assert not clone(x).any()  # its own weights, not the captured model's
         squared_loss(clone, x).backward()
     assert all(p.grad is not None and not hasattr(p, "grad_sample") for p in clone.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["in-place residual", "tied weights", "own parameters", "layers called twice"]
+)
+def test_models_in_half_precision(name, dtype):
+    model, x = make(name)
+    model = model.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    expected = grads_one_by_one(model.double(), squared_loss, [x.double() if x.is_floating_point() else x])
+    model = model.to(dtype)
+    with PerSampleGrads(model):
+        squared_loss(model, x).backward()
+    for path, p in model.named_parameters():
+        assert p.grad_sample.dtype == dtype
+        error = (p.grad_sample.double() - expected[path]).norm() / expected[path].norm()
+        # a handful of layers, each rounding its output and its gradients once or twice
+        assert error < 12 * torch.finfo(dtype).eps, path
+    with clip_per_sample(model, 0.1) as clip:
+        squared_loss(model, x).backward()
+    assert clip.result.norms.dtype == torch.float32
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    torch.testing.assert_close(clip.result.norms.double(), norms, rtol=12 * torch.finfo(dtype).eps, atol=0)
