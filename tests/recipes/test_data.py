@@ -1,10 +1,14 @@
 """The data sets: real images, a fixed split, clear errors."""
 
 import gzip
+import hashlib
+import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
+from torchvision import datasets
 
 from psgrad import ConfigError
 from recipes.data import load_images
@@ -37,6 +41,30 @@ def test_torchvision_files_are_read(tmp_path):
     assert images.train_x.shape == (6, 1, 28, 28)
     assert images.test_y.tolist() == [0, 1, 2]
     assert images.train_x.dtype == torch.float32
+
+
+def test_cifar10_files_are_read(tmp_path, monkeypatch):
+    """Files in CIFAR-10's own format; torchvision checks their sums, which these small ones replace."""
+    folder = tmp_path / datasets.CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.arange(4 * 3072, dtype=np.uint32).astype(np.uint8).reshape(4, 3072)
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    train = [write(f"data_batch_{i}", {"data": pixels, "labels": [i, 1, 2, 3]}) for i in range(1, 6)]
+    test = [write("test_batch", {"data": pixels[:2], "labels": [7, 8]})]
+    name, md5 = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    images = load_images("cifar10", tmp_path, download=False)
+    assert images.train_x.shape == (20, 3, 32, 32)
+    assert images.test_y.tolist() == [7, 8]
+    first = torch.tensor(pixels[0].reshape(3, 32, 32)).float() / 255
+    torch.testing.assert_close(images.train_x[0], (first - 0.4734) / 0.2516)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
