@@ -10,35 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.contribution import Contribution, KeptGrads, LayerUse
+from psgrad.captured_call import CapturedCall
+from psgrad.contribution import KeptGrads, LayerUse
 from psgrad.errors import CaptureError, ShapeError
-from psgrad.layers import LayerCall, LayerRule
-from psgrad.layers.fallback import run_per_sample
+from psgrad.layers import RULES, LayerCall, LayerRule
+from psgrad.parametrized import Carried, Computed
+from psgrad.recorder import Consumer, Recorder
+from psgrad.region import Region, first_rows
 from psgrad.shadow import shadow_forward, unshadow_forward
 from psgrad.survey import Layer, layers_of, refuse_mixing, refuse_model
 
 __all__ = ["Capture", "Consumer"]
-
-
-class Consumer(Protocol):
-    """Who is told what a backward pass captured."""
-
-    def add(self, contribution: Contribution) -> None:
-        """Take one contribution, during backward, in the order in which backward reaches the layers."""
-
-    def finish(self, samples: int) -> None:
-        """Backward has ended and all N samples' contributions were added."""
-
-    def abandon(self) -> None:
-        """Backward ended in an error: drop what was added."""
 
 
 class Capture:
@@ -66,21 +56,22 @@ class Capture:
         if rows_per_sample < 1:
             raise ShapeError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self._module = module
-        self._consumer = consumer
+        self._recorder = Recorder(consumer, self._check_trainable)
         self._rows_per_sample = rows_per_sample
         self._root_rows: int | None = None
-        self._task: int | None = None
-        self._seen: tuple[str, int] = ("", 0)
+        self._region: Region | None = None
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
-        self._layers = layers_of(module)
-        refuse_model(module, self._layers)
-        self._trainable = frozenset(self.trainable)
+        layers = layers_of(module)
+        refuse_model(module, layers)
+        self._layers: dict[str, Layer] = {}
+        self._trainable = self.trainable
+        self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(_not_captured(name)) for name, p in self.trainable.items()
+            p.register_post_accumulate_grad_hook(_not_captured(name)) for name, p in self._trainable.items()
         ]
-        for layer in self._layers:
-            shadow_forward(layer.module, partial(self._run_layer, layer))
+        for layer in layers:
+            self._attach(layer)
         shadow_forward(module, self._run_root)
 
     @property
@@ -88,25 +79,57 @@ class Capture:
         """The module's trainable parameters by path, each once."""
         return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
 
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the modules that run one sample at a time, as far as they have been seen to need it."""
+        return tuple(path for path, layer in self._layers.items() if layer.rule is None)
+
     def remove(self) -> None:
         """Give the module back as it was. Twice is as good as once."""
         for handle in self._handles:
             handle.remove()
-        for module in (self._module, *(layer.module for layer in self._layers)):
+        for module in (self._module, *(layer.module for layer in self._layers.values())):
             unshadow_forward(module)
         self._handles.clear()
         self._layers.clear()
+
+    def _attach(self, layer: Layer) -> None:
+        self._layers[layer.path] = layer
+        if layer.module is not self._module:
+            shadow_forward(layer.module, partial(self._run_layer, layer))
 
     def _run_root(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the whole module, knowing how many rows its batch has."""
         if torch.is_grad_enabled():
             refuse_mixing(self._module)
             self._check_trainable()
-        self._root_rows = _first_rows(args, kwargs)
+        self._root_rows = first_rows(args, kwargs)
         try:
-            return forward(*args, **kwargs)
+            while True:
+                root = self._layers.get("")
+                try:
+                    return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
+                except _OtherRowsError as error:
+                    self._widen(error)
         finally:
             self._root_rows = None  # a submodule called on its own may have another batch
+
+    def _widen(self, error: _OtherRowsError) -> None:
+        """Make the next module around one with other rows a region: there all rows are one sample's.
+
+        Raises
+        ------
+        ShapeError
+            If there is none left.
+
+        """
+        path = error.layer.path
+        while path:
+            path = path.rpartition(".")[0]
+            module = self._module.get_submodule(path)
+            if path not in self._layers and type(module).forward is not nn.Module.forward:
+                return self._attach(Layer(path, module, None))
+        raise error
 
     def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one layer, captured if gradients are being recorded.
@@ -114,127 +137,122 @@ class Capture:
         Raises
         ------
         ShapeError
-            If axis 0 of the layer's input is not the batch.
+            If axis 0 of the layer's input cannot be the batch.
+        _OtherRowsError
+            If it has not the batch's rows.
 
         """
-        wanted = layer.wanted
-        if not torch.is_grad_enabled() or not wanted:
+        if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if self._task is not None and torch._C._current_graph_task_id() == -1:
-            self._abandon()  # no backward is running: the last one ended in an error
-        if layer.rule is not None:
-            return self._run_rule(layer, layer.rule, args, kwargs)
-
-        def record(p: nn.Parameter, per_sample: Tensor) -> None:
-            self._record(KeptGrads(layer.path, {p: per_sample}, per_sample.shape[0]))
-
-        rows = self._root_rows if self._root_rows is not None else _first_rows(args, kwargs)
-        if rows is None or rows % self._rows_per_sample:
-            seen = "no input is a batch" if rows is None else f"{rows} rows"
-            raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
-        return run_per_sample(
-            layer.path, layer.module, wanted, args, kwargs, rows, self._rows_per_sample, self._anchor, record
-        )
-
-    def _run_rule(self, layer: Layer, rule: LayerRule, args: Any, kwargs: Any) -> Tensor:
+        self._recorder.forget_failed()
+        if layer.rule is None:
+            return self._run_region(layer, forward, args, kwargs)
+        if not layer.trains or (self._region is not None and self._region.samples == 0):
+            return forward(*args, **kwargs)
         x, *rest = args if args else (kwargs["input"],)
-        error = rule.input_error(layer.module, x)
+        rest += [value for name, value in kwargs.items() if name != "input"]
+        if self._region is not None:
+            return self._run_rule_in_region(self._region, layer, layer.rule, x, rest)
+        error = layer.rule.input_error(layer.module, x)
         if error is not None:
             raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
         rows = x.shape[0]
         if rows % self._rows_per_sample or self._root_rows not in (None, rows):
             expected = f"{self._root_rows} rows" if self._root_rows is not None else "rows"
-            raise ShapeError(
-                f"{layer} was called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
-                f"model's input, {expected} with rows_per_sample={self._rows_per_sample}"
+            raise _OtherRowsError(
+                layer,
+                f"called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
+                f"model's input, {expected} with rows_per_sample={self._rows_per_sample}",
             )
-        rest += [value for name, value in kwargs.items() if name != "input"]
-        return _CapturedCall.apply(self, layer, rule, rest, self._anchor, x)
+        return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 
-    def record_call(self, layer: Layer, rule: LayerRule, x: Tensor, g: Tensor) -> None:
-        """Hand over one layer's input and output gradient, in backward."""
-        call = LayerCall(layer.module, x, g, self._rows_per_sample, layer.wanted)
-        self._record(LayerUse(layer.path, rule, call))
+    def _run_region(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module one sample at a time, if that is not what is being done already.
 
-    def _record(self, contribution: Contribution) -> None:
-        task = torch._C._current_graph_task_id()
-        if self._task not in (None, task):
-            self._abandon()
-            raise CaptureError(
-                f"{contribution.path!r}: backward reached this layer from inside another backward, or after "
-                "one that failed. Use torch.utils.checkpoint with use_reentrant=False, or run the forward "
-                "pass again."
-            )
-        if self._task is None:
-            self._task = task
-            self._seen = (contribution.path, contribution.samples)
-            Variable._execution_engine.queue_callback(self._finish)
-        path, samples = self._seen
-        if contribution.samples != samples:
-            raise ShapeError(
-                f"one backward pass saw {samples} samples in {path!r} and {contribution.samples} in "
-                f"{contribution.path!r}: all inputs of a backward pass need the same batch"
-            )
-        with torch.no_grad(), torch.autocast(self._device_type(contribution), enabled=False):
-            self._consumer.add(contribution)
+        Raises
+        ------
+        ShapeError
+            If the rows do not make whole samples.
+        _OtherRowsError
+            If no input has the batch's rows.
 
-    @staticmethod
-    def _device_type(contribution: Contribution) -> str:
-        return contribution.parameters[0].device.type
+        """
+        if self._region is not None:
+            return forward(*args, **kwargs)
+        rows = self._root_rows if self._root_rows is not None else first_rows(args, kwargs)
+        if rows is None or rows % self._rows_per_sample:
+            seen = "no input is a batch" if rows is None else f"{rows} rows"
+            raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
+        if not any(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in tree_leaves((args, kwargs))):
+            raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
+        self._region = Region(str(layer), layer.module, self._record_written, self._run_linear, self._anchor)
+        try:
+            return self._region.run(forward, args, kwargs, rows, self._rows_per_sample)
+        finally:
+            self._region = None
+
+    def _run_rule_in_region(
+        self, region: Region, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any]
+    ) -> Tensor:
+        """Run a layer on all samples at once: all rows of x are one sample's, or x is itself a row."""
+
+        def all_samples(x: Tensor) -> Tensor:
+            samples = x.shape[0]
+            if rule.input_error(layer.module, x[:1].flatten(0, 1) if x.ndim > 1 else x[0]) is None:
+                out = self._run_rule(layer, rule, x.flatten(0, 1), rest, x.shape[1])
+                return out.unflatten(0, (samples, x.shape[1]))
+            error = rule.input_error(layer.module, x)
+            if error is not None:
+                raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
+            return self._run_rule(layer, rule, x, rest, 1)
+
+        return region.outside(all_samples, x)
+
+    def _run_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor) -> Tensor:
+        """Run `F.linear` on parameters of a module that does without `nn.Linear`."""
+        assert self._region is not None
+        use = nn.Module()
+        use.register_parameter("weight", weight)
+        use.register_parameter("bias", bias)
+        layer = Layer(self._owners[weight], use, RULES[nn.Linear])
+        return self._run_rule_in_region(self._region, layer, RULES[nn.Linear], x, [])
+
+    def _run_rule(
+        self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int
+    ) -> Tensor:
+        computed = Computed(layer.module) if is_parametrized(layer.module) else None
+        if computed is not None:
+            layer = Layer(layer.path, computed.layer, rule)
+
+        def record(x: Tensor, g: Tensor) -> None:
+            use = LayerUse(layer.path, rule, LayerCall(layer.module, x, g, rows_per_sample, layer.wanted))
+            self._recorder.record(use if computed is None else Carried(layer.path, computed, use))
+
+        return CapturedCall.apply(record, layer, rule, rest, self._anchor, x)
+
+    def _record_written(self, p: nn.Parameter, per_sample: Tensor) -> None:
+        self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]))
 
     def _check_trainable(self) -> None:
-        changed = self._trainable ^ self.trainable.keys()
+        trainable = self.trainable
+        changed = [
+            name
+            for name in sorted(self._trainable | trainable)
+            if self._trainable.get(name) is not trainable.get(name)
+        ]
         if changed:
             raise CaptureError(
-                f"requires_grad has changed since psgrad was attached, of {', '.join(sorted(changed))}: "
-                "remove() the handle and attach a new one"
+                f"requires_grad, or the parameter, has changed since psgrad was attached, of "
+                f"{', '.join(changed)}: remove() the handle and attach a new one"
             )
 
-    def _abandon(self) -> None:
-        self._task = None
-        self._consumer.abandon()
 
-    def _finish(self) -> None:
-        self._task = None
-        self._check_trainable()
-        with torch.no_grad():
-            self._consumer.finish(self._seen[1])
+class _OtherRowsError(ShapeError):
+    """A layer whose axis 0 is not the batch."""
 
-
-class _CapturedCall(torch.autograd.Function):
-    """One call of a layer with a rule: backward gives the input's gradient and records."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, capture: Capture, layer: Layer, rule: LayerRule, rest: list[Any], anchor: Tensor, x: Tensor
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        needs_x = ctx.needs_input_grad[5]
-        params = {name: None if p is None else p.detach() for name, p in layer.module._parameters.items()}
-        with torch.set_grad_enabled(needs_x):
-            inner_x = x.detach().requires_grad_(needs_x)
-            out = rule.forward(layer.module, params, inner_x, *rest)
-        ctx.save_for_backward(x)
-        ctx.record = lambda x, g: capture.record_call(layer, rule, x, g)
-        ctx.path = layer.path
-        ctx.inner = (inner_x, out if needs_x else None)
-        return out.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None, None, None, None, None)
-        if g is None:
-            return (*nothing, None)
-        if ctx.inner is None:
-            raise CaptureError(
-                f"{ctx.path!r}: a second backward pass through the same forward pass; psgrad frees a layer's "
-                "inner graph after the first. Run the forward pass again, or add up the losses first."
-            )
-        (inner_x, out), ctx.inner = ctx.inner, None
-        (x,) = ctx.saved_tensors
-        ctx.record(x.detach(), g)
-        return (*nothing, None if out is None else torch.autograd.grad(out, inner_x, g)[0])
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(f"{layer}: {reason}")
+        self.layer = layer
 
 
 def _not_captured(name: str) -> Callable[[Tensor], None]:
@@ -246,10 +264,3 @@ def _not_captured(name: str) -> Callable[[Tensor], None]:
         )
 
     return hook
-
-
-def _first_rows(args: Any, kwargs: Any) -> int | None:
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    return None

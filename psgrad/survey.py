@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.errors import RefusedModelError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
@@ -28,26 +29,38 @@ class Layer:
     module
         The owner.
     rule
-        Its rule; None where `torch.func` takes the module and all its children.
+        Its rule; None for a region (`psgrad.region`), which runs one sample at a time.
+    parameters
+        The module's own, by name; also while a region shows the module copies of them.
 
     """
 
     path: str
     module: nn.Module
     rule: LayerRule | None
+    parameters: Mapping[str, nn.Parameter | None] = field(init=False)
+    _all: tuple[nn.Parameter, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", self.module._parameters)
+        object.__setattr__(self, "_all", tuple(self.module.parameters()))
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Names of the parameters to train, with a rule the module's own, else its children's too."""
-        named = self.module.named_parameters(recurse=self.rule is None)
-        return tuple(name for name, p in named if p.requires_grad)
+        """Names of the module's own parameters to train."""
+        return tuple(name for name, p in self.parameters.items() if p is not None and p.requires_grad)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train in it, also below."""
+        return any(p.requires_grad for p in self._all)
 
     def __str__(self) -> str:
         return _named(self.path, self.module)
 
 
 def layers_of(module: nn.Module) -> list[Layer]:
-    """Return every module that owns trainable parameters, once; an owner without a rule owns its children."""
+    """Return every module that owns trainable parameters, once; regions before what they hold."""
     return list(_walk(module, "", set()))
 
 
@@ -57,13 +70,10 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Layer]
     seen.add(module)
     owns = any(p.requires_grad for p in module.parameters(recurse=False))
     rule = rule_for(module)
-    if rule is not None:
-        if owns:
-            yield Layer(path, module, rule)
-    elif owns or (isinstance(module, OPAQUE) and any(p.requires_grad for p in module.parameters())):
-        seen.update(module.modules())
-        yield Layer(path, module, None)
-    else:
+    uses_below = is_parametrized(module) or isinstance(module, OPAQUE)
+    if owns or (uses_below and any(p.requires_grad for p in module.parameters())):
+        yield Layer(path, module, rule)
+    if rule is None and not is_parametrized(module):
         for name, child in module.named_children():
             yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
@@ -85,6 +95,12 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
     refuse_mixing(module)
     shadowed = [("", module), *((layer.path, layer.module) for layer in layers if layer.path)]
     reasons = [f"{_named(path, m)}: {why}" for path, m in shadowed if (why := _why_not_shadowed(m))]
+    reasons += [
+        f"{layer}: its weight is computed by a hook before every forward (torch.nn.utils.weight_norm, "
+        "spectral_norm, prune): use torch.nn.utils.parametrizations or torch.nn.utils.parametrize instead"
+        for layer in layers
+        if layer.rule and not is_parametrized(layer.module) and "weight" not in layer.parameters
+    ]
     reasons += [
         f"{layer}: {why}" for layer in layers if layer.rule and (why := layer.rule.refusal(layer.module))
     ]

@@ -97,22 +97,6 @@ def test_a_batch_of_the_wrong_rank_names_the_layer():
         model(torch.randn(3, 5, 5))
 
 
-def test_rows_that_are_not_samples_name_the_layer():
-    class Frames(nn.Module):
-        """Every frame a row, then averaged: clipping these rows would not clip samples."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 2, 3)
-
-        def forward(self, x):
-            return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
-
-    model = Frames()
-    with PerSampleGrads(model), pytest.raises(ShapeError, match=r"conv \(Conv2d\).*6 rows.*2 rows"):
-        model(torch.randn(2, 3, 3, 5, 5))
-
-
 def test_rows_per_sample_must_divide_the_batch():
     model = nn.Linear(2, 2)
     with PerSampleGrads(model, rows_per_sample=2), pytest.raises(ShapeError, match="rows_per_sample=2"):

@@ -8,6 +8,8 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
 from tests.model_oracle import grads_one_by_one, squared_loss
@@ -24,6 +26,17 @@ def vision_transformer():
     return models.VisionTransformer(16, 4, 2, 2, 12, 24, num_classes=5)
 
 
+def swin(**options):
+    return SwinTransformer(
+        [2, 2], 8, [2, 2], [1, 2], [2, 2], stochastic_depth_prob=0.0, num_classes=5, **options
+    )
+
+
+def maxvit():
+    norm = functools.partial(nn.GroupNorm, 4)
+    return MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 4, 0.0, norm_layer=norm, num_classes=5)
+
+
 MODELS = {
     "resnet18": (lambda: models.resnet18(norm_layer=GROUP_NORM, num_classes=5), 32),
     "mobilenet_v3_small": (
@@ -33,6 +46,9 @@ MODELS = {
     "squeezenet1_1": (lambda: models.squeezenet1_1(num_classes=5, dropout=0.0), 32),
     "convnext": (convnext, 32),
     "vision_transformer": (vision_transformer, 16),
+    "swin": (swin, 16),
+    "swin_v2": (lambda: swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), 16),
+    "maxvit": (maxvit, 32),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.layers.base import LayerCall, LayerRule
 from psgrad.layers.conv import Convolution, TransposedConvolution
@@ -41,11 +40,8 @@ RULES: dict[type[nn.Module], LayerRule] = {
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule that describes what this module computes, or None.
 
-    A subclass has its base's rule as long as it computes the same: a `forward` of its own, or a
-    parametrization, takes it away.
+    A subclass has its base's rule as long as it computes the same: a `forward` of its own takes it away.
     """
-    if is_parametrized(module):
-        return None
     for base in type(module).__mro__:
         rule = RULES.get(base)
         if rule is not None:

@@ -1,0 +1,267 @@
+"""A region: a module that runs one sample at a time under `torch.vmap`, while its layers leave the vmap.
+
+Inside a region every parameter is each sample's own copy, so that whatever is done with it has a per-sample
+gradient, and whatever order the rows of an inner tensor have, they are one sample's rows. What has a rule
+is run outside of the vmap, on all samples at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from psgrad.errors import CaptureError, PsgradError, RefusedModelError
+from psgrad.intercept import Intercept
+from psgrad.layers import rule_for
+from psgrad.swap import swapped
+
+__all__ = ["Region", "first_rows"]
+
+Record = Callable[[nn.Parameter, Tensor], None]
+LinearUse = Callable[[nn.Parameter, nn.Parameter | None, Tensor], Tensor]
+
+
+class Region:
+    """One run of a module, sample by sample.
+
+    Parameters
+    ----------
+    name
+        Of the module, for messages.
+    module
+        Any module whose forward `torch.vmap` can run, with every layer that has a rule called through
+        `outside`.
+    record
+        Called in backward with a parameter and its `[N, *shape]` gradient, once per region.
+    linear
+        Computes and captures `F.linear(x, weight, bias)` for two of the parameters, in the region.
+    anchor
+        A scalar that requires grad.
+
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, record: Record, linear: LinearUse, anchor: Tensor
+    ) -> None:
+        self._name = name
+        self._module = module
+        self._record = record
+        self._linear = linear
+        self._anchor = anchor
+        self._token = anchor  # inside the vmap: a scalar of each sample
+        self._outside = False
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        self._originals: dict[int, nn.Parameter] = {}
+        self.samples = 0
+
+    def run(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: int,
+        rows_per_sample: int,
+    ) -> Any:
+        """Run the module's `forward`.
+
+        Parameters
+        ----------
+        forward
+            Of the module.
+        args, kwargs
+            Its inputs. Tensors with N K rows are split into samples; others are shared by all samples.
+        rows
+            N K.
+        rows_per_sample
+            K.
+
+        Returns
+        -------
+        Any
+            What the module returns, every tensor with its N K rows in axis 0.
+
+        Raises
+        ------
+        RefusedModelError
+            If no input has N K rows, or `torch.vmap` cannot run the module; the reason is in the message.
+        PsgradError
+            What a layer inside of the module raises.
+
+        """
+        self.samples = rows // rows_per_sample
+        leaves, structure = tree_flatten((args, kwargs))
+        batched = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.shape[:1] == (rows,)]
+        if not batched:
+            raise RefusedModelError(f"{self._name} has trainable parameters but no input with {rows} rows")
+        if self.samples == 0:
+            with swapped(self._swappable(), self._copy):
+                return forward(*args, **kwargs)
+        out_leaves: list[Any] = []  # what the last sample returned: vmap passes tensors only
+        out_spec: list[TreeSpec] = []
+
+        def one(token: Tensor, *inputs: Tensor) -> list[Tensor]:
+            self._token = token
+            filled = list(leaves)
+            for i, tensor in zip(batched, inputs, strict=True):
+                filled[i] = tensor
+            inner_args, inner_kwargs = tree_unflatten(filled, structure)
+            with swapped(self._swappable(), self._copy), Intercept(self):
+                out_leaves[:], spec = tree_flatten(forward(*inner_args, **inner_kwargs))
+            out_spec[:] = [spec]
+            return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+
+        split = [leaves[i].unflatten(0, (self.samples, rows_per_sample)) for i in batched]
+        tokens = self._anchor.detach().expand(self.samples)
+        try:
+            tensors = iter(torch.vmap(one, randomness="different")(tokens, *split))
+        except PsgradError:
+            raise
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as err:
+            raise RefusedModelError(
+                f"{self._name} has no psgrad rule and torch.vmap could not run it one sample at a time: "
+                f"{err}\n"
+                "Build it from layers that have a rule, use a sample-wise equivalent (opacus.layers has "
+                "recurrent and attention layers), or freeze its parameters."
+            ) from err
+        finally:
+            self._copies.clear()
+            self._originals.clear()
+        filled = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
+        return tree_unflatten(filled, out_spec[0])
+
+    def _swappable(self) -> Iterable[nn.Module]:
+        """Return the modules whose parameters are shown as copies; a parametrized layer needs its own."""
+        modules = list(self._module.modules())
+        if self.samples == 0:
+            return modules
+        kept = {m for layer in modules if is_parametrized(layer) and rule_for(layer) for m in layer.modules()}
+        return (m for m in modules if m not in kept)
+
+    def outside(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Call `function` outside of the vmap, on tensors with the samples in axis 0, as is its result."""
+
+        def call(*tensors: Tensor) -> Tensor:
+            if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
+                raise CaptureError(
+                    f"{self._name}: a layer was called from a torch.vmap inside of this module"
+                )
+            self._outside = True
+            try:
+                return function(*tensors)
+            finally:
+                self._outside = False
+
+        return _Outside.apply(call, self._token, *tensors)
+
+    def _copy(self, p: nn.Parameter) -> Tensor:
+        """Return every sample's own copy of a parameter."""
+        if p not in self._copies:
+            record = self._record
+
+            def hand_over(grad: Tensor) -> None:
+                record(p, grad)
+
+            if self.samples:
+                copy = self.outside(lambda: _Expand.apply(p.detach(), self.samples, self._anchor, hand_over))
+            else:  # the sum over no samples ties the result to what records
+                copy = p.detach() + _Expand.apply(p.detach(), 0, self._anchor, hand_over).sum(0)
+            self._copies[p] = copy
+            self._originals[id(copy)] = p
+        return self._copies[p]
+
+    def own(self, t: Tensor) -> Tensor:
+        """Return every sample's own copy of a tensor: vmap writes no sample's values to a shared one."""
+        if self._outside or torch._C._functorch.is_batchedtensor(t):
+            return t
+        samples = self.samples
+        return self.outside(lambda: t.expand(samples, *t.shape).clone())
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+        """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
+        original = self._originals.get(id(weight))
+        if original is None or self._outside:
+            return F.linear(input, weight, bias)
+        known_bias = self._originals.get(id(bias))
+        out = self._linear(original, known_bias, input)
+        return out if bias is None or known_bias is not None else out + bias
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Compute `F.scaled_dot_product_attention`, whose kernels vmap runs sample after sample."""
+        compute: Callable[..., Tensor] = F.scaled_dot_product_attention
+        if self._outside:
+            return compute(query, key, value, attn_mask, *args, **kwargs)
+
+        def all_samples(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+            # N..HLE -> (N..)HLE, the rank the kernels ask for
+            leading = query.shape[: max(1, query.ndim - 3)]
+
+            def fold(t: Tensor) -> Tensor:
+                t = t.reshape(t.shape[0], *(1,) * (query.ndim - t.ndim), *t.shape[1:])
+                return t.expand(*leading, *t.shape[len(leading) :]).flatten(0, len(leading) - 1)
+
+            mask = None if mask is None else fold(mask)
+            return compute(fold(query), fold(key), fold(value), mask, *args, **kwargs).unflatten(0, leading)
+
+        masks = () if attn_mask is None else (attn_mask,)
+        return self.outside(all_samples, query, key, value, *masks)
+
+
+class _Outside(torch.autograd.Function):
+    """Its vmap rule is all there is to it: the function sees the samples as axis 0."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        raise CaptureError("a layer of a region was called after the region had ended")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: autograd records what the function does."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: Callable[..., Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        first = [
+            t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
+            for t, axis in zip(tensors, in_dims[1:], strict=True)
+        ]
+        return function(*first[1:]), 0  # without the token, which only makes sure that the vmap is met
+
+
+class _Expand(torch.autograd.Function):
+    """`[*shape] -> [N, *shape]`, whose backward hands the gradient over instead of summing it."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, samples: int, anchor: Tensor, hand_over: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.hand_over = hand_over
+        return p.detach().expand(samples, *p.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None, None]:
+        if grad is not None:
+            ctx.hand_over(grad)
+        return None, None, None, None
+
+
+def first_rows(args: Any, kwargs: Any) -> int | None:
+    """Return the rows of the first tensor that has any."""
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    return None

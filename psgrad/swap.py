@@ -1,0 +1,41 @@
+"""Showing modules other values of their parameters for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["swapped"]
+
+
+class _Copies(dict[str, Any]):
+    """A module's parameters while a region runs: each sample's copy, made when it is asked for."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None], copy: Callable[[nn.Parameter], Tensor]):
+        super().__init__(parameters)
+        self._copy = copy
+
+    def __getitem__(self, name: str) -> Any:
+        p = super().__getitem__(name)
+        return p if p is None or not p.requires_grad else self._copy(p)
+
+    def values(self) -> Any:
+        return (self[name] for name in self)
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+
+@contextmanager
+def swapped(modules: Iterable[nn.Module], copy: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+    """Let each module's own trainable parameters be `copy` of them, made when they are asked for."""
+    with ExitStack() as stack:
+        for module in modules:
+            parameters = module._parameters
+            if any(p is not None and p.requires_grad for p in parameters.values()):
+                stack.callback(module.__dict__.__setitem__, "_parameters", parameters)
+                module.__dict__["_parameters"] = _Copies(parameters, copy)
+        yield

@@ -1,0 +1,249 @@
+"""Regions: what runs one sample at a time, whatever it does with its parameters and rows, is exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
+from tests.model_oracle import grads_one_by_one, squared_loss
+
+
+class Frames(nn.Module):
+    """Every frame a row of the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        frames = torch.tanh(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return self.head(frames.mean((1, 3, 4)))
+
+
+class FramesFirst(Frames):
+    """The same, frame-major: rows that are a multiple of the batch, in an order no shape tells."""
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        frames = torch.tanh(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return self.head(frames.mean((0, 3, 4)))
+
+
+class OneByOne(Frames):
+    """Layers called on one sample after another."""
+
+    def forward(self, x):
+        return torch.cat([self.head(F.relu(self.conv(row[:, 0])).mean((2, 3))) for row in x.split(1)])
+
+
+class FromTable(nn.Module):
+    """A small network makes a bias from a constant table, as Swin V2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 10).reshape(1, 5, 2))
+        self.bias = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) + self.bias(self.table)).sum(1)
+
+
+class SequenceFirst(nn.Module):
+    """Time is axis 0 of everything but the model's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0)
+
+    def forward(self, x):
+        return self.layer(self.embed(x.transpose(0, 1))).sum(0)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x):
+        q, padding = self.embed(x), x[:, :, 0] > 1.5
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        out, weights = self.attention(q, x.tanh() @ x.new_ones(3, 4), q, padding, attn_mask=causal)
+        return out + weights.mean()
+
+
+class SelfAttention(CrossAttention):
+    def forward(self, x):
+        q = self.embed(x)
+        mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+        mask[0, 2] = -torch.inf
+        return self.attention(q, q, q, need_weights=False, attn_mask=mask)[0]
+
+
+class UsesChildsWeights(nn.Module):
+    """Children's parameters without calling the children, some as they are and some not."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3))
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+        self.c = nn.Linear(3, 3)
+
+    def forward(self, x):
+        bias = self.b.bias.clone()
+        bias[1] = 0
+        x = torch.tanh(F.linear(x, self.a.weight, self.a.bias)) * self.scale
+        x = torch.tanh(F.linear(x, self.b.weight, bias))
+        return self.c(x @ self.c.weight).mean(1)
+
+
+class WritesInPlace(nn.Module):
+    """Fresh tensors that are written to, in a module with parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(3))
+        self.mix = nn.Conv1d(6, 4, 1)
+        self.drop = StochasticDepth(0.3, "row")
+
+    def forward(self, x):
+        out = torch.zeros(x.shape[0], 6, 3, dtype=x.dtype)
+        out[:, 0] = self.token
+        out[:, 1:] = x
+        out += 1
+        mixed = torch.stack([self.mix(row) for row in out])  # without a batch axis
+        return F.relu_(mixed) + 0 * self.drop(out[:, :4])
+
+
+SEQUENCE = (5, 3)
+MODELS = {
+    "frames": (Frames, (3, 3, 4, 5)),
+    "frames first": (FramesFirst, (3, 3, 4, 5)),
+    "one by one": (OneByOne, (1, 3, 4, 5)),
+    "bias from a table": (FromTable, SEQUENCE),
+    "sequence first": (SequenceFirst, SEQUENCE),
+    "self-attention": (SelfAttention, SEQUENCE),
+    "cross-attention": (CrossAttention, SEQUENCE),
+    "attention with all options": (lambda: CrossAttention(add_bias_kv=True, add_zero_attn=True), SEQUENCE),
+    "attention of other sizes": (lambda: CrossAttention(kdim=4, vdim=4, bias=False), SEQUENCE),
+    "children's weights": (UsesChildsWeights, SEQUENCE),
+    "written in place": (WritesInPlace, SEQUENCE),
+}
+
+
+def make(name, rows=6):
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model = build().double()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    return model, torch.randn(rows, *shape, dtype=torch.double)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows_per_sample", [1, 3])
+def test_every_parameter_of_every_model(name, rows_per_sample):
+    model, x = make(name)
+    expected = grads_one_by_one(model, squared_loss, [x], rows_per_sample)
+    plain = squared_loss(model, x)
+    with PerSampleGrads(model, rows_per_sample=rows_per_sample):
+        loss = squared_loss(model, x)
+        loss.backward()
+    torch.testing.assert_close(loss, plain)
+    for path, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_sample, expected[path], msg=lambda m, path=path: f"{path}: {m}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_clipped_sum_of_every_model(name):
+    model, x = make(name)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    factors = (norms.median() / norms).clamp(max=1)
+    with clip_per_sample(model, norms.median().item(), "sum") as clip:
+        (squared_loss(model, x) * len(x)).backward()
+    torch.testing.assert_close(clip.result.norms, norms)
+    for path, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("one by one", "written in place")])
+def test_empty_batch(name):
+    model, x = make(name)
+    with PerSampleGrads(model, "sum"):
+        squared_loss(model, x).backward()  # which modules are regions is known from here on
+        model.zero_grad()
+        model(x[:0]).sum().backward()
+    assert all(p.grad_sample.shape == (0, *p.shape) for p in model.parameters())
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_children_of_an_owner_keep_their_rules():
+    model, _ = make("children's weights")
+    with PerSampleGrads(model) as handle:
+        kinds = {}
+        add = handle.add
+        handle.add = lambda c: (kinds.setdefault(c.path, set()).add(type(c).__name__), add(c))
+        squared_loss(model, torch.randn(4, 5, 3, dtype=torch.double)).backward()
+    assert kinds == {
+        "": {"KeptGrads"},
+        "a": {"LayerUse"},
+        "b": {"LayerUse", "KeptGrads"},
+        "c": {"LayerUse", "KeptGrads"},
+    }
+
+
+def test_only_the_module_around_other_rows_becomes_a_region():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(3, 3)
+            self.blocks = nn.ModuleList([FromTable(), FromTable()])
+
+        def forward(self, x):
+            return self.blocks[1](self.stem(x) + self.blocks[0](x)[:, None])
+
+    model = Deep().double()
+    x = torch.randn(4, 5, 3, dtype=torch.double)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model) as handle:
+        squared_loss(model, x).backward()
+        assert "blocks.0" in handle._capture.regions
+        assert "" not in handle._capture.regions
+    for path, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_sample, expected[path])
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_recurrent_layer_is_refused_by_name_with_a_way_out():
+    model = nn.ModuleDict({"rnn": nn.LSTM(3, 4, batch_first=True)})
+    with (
+        PerSampleGrads(model),
+        pytest.raises(RefusedModelError, match=r"rnn \(LSTM\).*(?s:.*)opacus\.layers"),
+    ):
+        model["rnn"](torch.randn(2, 5, 3))
+
+
+def test_stochastic_depth_in_a_region_draws_for_every_sample():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+            self.drop = StochasticDepth(0.5, "row")
+
+        def forward(self, x):
+            return self.drop(x * self.scale)
+
+    model = Scaled()
+    x = torch.ones(200, 2)
+    with PerSampleGrads(model, "sum"):
+        model(x).sum().backward()
+    drawn = model.scale.grad_sample
+    assert set(drawn.unique().tolist()) == {0.0, 2.0}
+    assert (drawn[:, 0] == drawn[:, 1]).all()
