@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.live import live_kernel
 from psgrad.conv.measured import measure
 from psgrad.conv.planner import Plan, choose
 from psgrad.conv.problem import WeightGradProblem, normalise
@@ -46,7 +47,9 @@ def plan(
         raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
     if strategy not in PLANNED:
         raise StrategyError(f"strategy {strategy!r} leaves nothing to plan: use {' or '.join(PLANNED)}")
-    return PLANNED[strategy](normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2], verb)
+    problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2]
+    live = live_kernel(problem)
+    return PLANNED[strategy](problem if live is None else live.problem, verb)
 
 
 def check_strategy(name: str) -> None:

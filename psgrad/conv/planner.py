@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from psgrad.conv.live import live_kernel
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 from psgrad.conv.strategies.base import backend_slowdown, operand_bytes
@@ -122,8 +123,10 @@ def keep_is_faster(problem: WeightGradProblem) -> bool:
     gradient kept, and one ordinary weight gradient follows. True for the first, by estimated time.
     """
     rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
-    grads, norms = choose(problem, "grads"), choose(problem, "sq_norms")
     result = problem.samples * problem.gradient_bytes
+    live = live_kernel(problem)
+    problem = problem if live is None else live.problem
+    grads, norms = choose(problem, "grads"), choose(problem, "sq_norms")
     keep = grads.seconds[grads.chosen] + 2 * result / rates.bytes
     if problem.device.type != "cuda" and result > FRESH_BYTES:
         keep += result / FRESH_RATE

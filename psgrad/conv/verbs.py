@@ -9,9 +9,10 @@ from torch import Tensor
 
 from psgrad.conv.choice import resolve
 from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.live import live_kernel
+from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.planner import keep_is_faster
 from psgrad.conv.problem import normalise
-from psgrad.conv.strategies.loop import ordinary_weight_grad
 from psgrad.errors import ShapeError
 
 __all__ = ["clipping_keeps_grads", "weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
@@ -60,7 +61,11 @@ def weight_grads(
 
     """
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
-    return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
+    live = live_kernel(problem)
+    if live is None:
+        return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
+    grads = resolve(strategy, live.problem, "grads").grads(live.crop(x), grad_output, live.problem)
+    return live.embed(grads)
 
 
 @torch.no_grad()
@@ -84,6 +89,9 @@ def weight_grad_sq_norms(
 
     """
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    live = live_kernel(problem)
+    if live is not None:
+        x, problem = live.crop(x), live.problem
     return resolve(strategy, problem, "sq_norms").sq_norms(x, grad_output, problem)
 
 
@@ -124,12 +132,19 @@ def weighted_weight_grad(
         raise ShapeError(f"factors {tuple(factors.shape)} for {problem.samples} samples")
     if problem.samples == 0:
         return x.new_zeros(problem.weight_shape)
-    rows = factors.to(x.dtype).repeat_interleave(problem.rows_per_sample)
+    rows = factors.to(x.dtype)
+    if problem.rows_per_sample > 1:
+        rows = rows.repeat_interleave(problem.rows_per_sample)
     rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
-    # 0 * inf is not 0: both operands of a removed sample are masked.
-    removed = rows == 0
-    weighted = (grad_output * rows).masked_fill(removed, 0)
-    return ordinary_weight_grad(x.masked_fill(removed, 0), weighted, problem)
+    weighted = grad_output * rows
+    # 0 * inf is not 0: both operands of a removed sample are masked. On CUDA, looking would cost a wait.
+    if x.is_cuda or not factors.all():
+        removed = rows == 0
+        weighted, x = weighted.masked_fill(removed, 0), x.masked_fill(removed, 0)
+    live = live_kernel(problem) if problem.positions > 1 else None  # one position is a product anyway
+    if live is None:
+        return ordinary_weight_grad(x, weighted, problem)
+    return live.embed(ordinary_weight_grad(live.crop(x), weighted, live.problem))
 
 
 def clipping_keeps_grads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import (
     Cost,
@@ -14,7 +15,6 @@ from psgrad.conv.strategies.base import (
     samples_per_chunk,
     with_samples,
 )
-from psgrad.conv.strategies.loop import ordinary_weight_grad
 
 __all__ = ["Grouped"]
 

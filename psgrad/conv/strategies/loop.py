@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
+from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import Cost, Strategy, Verb, backend_slowdown, operand_bytes
 
-__all__ = ["Loop", "ordinary_weight_grad"]
+__all__ = ["Loop"]
 
 
 class Loop(Strategy):
@@ -53,33 +53,3 @@ class Loop(Strategy):
             weight_grad = ordinary_weight_grad(x[part], grad[part], problem)
             out[n] = squared_norms(weight_grad.reshape(1, -1))[0]
         return out
-
-
-def ordinary_weight_grad(
-    x: Tensor, grad: Tensor, problem: WeightGradProblem, groups_factor: int = 1
-) -> Tensor:
-    """Weight gradient summed over all rows: `N(GO), N(GI) -> (GO)I k`.
-
-    `groups_factor` multiplies both the groups and the first axis of the result, for rules that fold
-    an axis into the channels.
-    """
-    geometry = problem.geometry
-    out_channels, *rest = problem.weight_shape
-    dummy = x.new_empty(()).expand(out_channels * groups_factor, *rest)
-    weight_grad = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        dummy,
-        None,
-        geometry.stride,
-        geometry.symmetric_padding,
-        geometry.dilation,
-        False,
-        (0,) * len(geometry.stride),
-        geometry.groups * groups_factor,
-        (False, True, False),
-    )[1]
-    # oneDNN's bfloat16 kernels leave uninitialised memory where an offset meets padding alone.
-    for axis, offset in problem.padding_only_offsets:
-        weight_grad.select(axis, offset).zero_()
-    return weight_grad

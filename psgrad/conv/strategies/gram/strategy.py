@@ -15,20 +15,18 @@ et al. (2022) at the cost `T_in^2 C_in + T^2 C_out` in place of `T^2 (C_in k + C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import product
 from math import prod
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunk_bytes, samples_per_chunk, with_samples
+from psgrad.conv.strategies.gram.mapped import few_positions, map_cost, mapped
+from psgrad.conv.strategies.gram.shifted import largest_phase, shift_cost, shifted
 from psgrad.conv.strategies.loop import Loop
 
-__all__ = ["Gram"]
+__all__ = ["CANCELLATION", "Gram"]
 
 CANCELLATION = 1e-3
 """A squared norm below this share of the sum's magnitude is computed again, directly.
@@ -36,14 +34,6 @@ CANCELLATION = 1e-3
 Rounding leaves an error of about `1e-7 / sqrt(terms)` of that magnitude, so that what stays is good to
 1e-4 and never lost: a norm that comes out low would leave a sample unclipped.
 """
-
-
-@dataclass(frozen=True)
-class _Phase:
-    """One residue class of input positions on one axis: its residue and its shifts of the output."""
-
-    residue: int
-    shifts: tuple[int, ...]
 
 
 class Gram(Strategy):
@@ -66,27 +56,18 @@ class Gram(Strategy):
         return None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """Two Gram matrices and the shifted sums, counted per residue class."""
+        """Two Gram matrices, S from one of them, and the sum over their product."""
         p = problem
-        per_sample = 2.0 * (p.rows_per_sample * p.positions) ** 2 * p.groups * p.out_per_group
-        moved, calls = 0.0, 8
-        for phases in product(*_phases(p)):
-            sizes = _phase_sizes(p, phases)
-            here = p.rows_per_sample * prod(sizes)
-            per_sample += 2.0 * here**2 * p.groups * p.in_per_group
-            done = list(p.output_size)
-            for axis in reversed(range(len(sizes))):
-                done[axis] = sizes[axis]
-                adds = (p.rows_per_sample * prod(sizes[:axis]) * prod(p.output_size[axis:])) ** 2
-                moved += 1.5 * adds * len(phases[axis].shifts) * p.groups
-                calls += len(phases[axis].shifts)
-        moved += 4.0 * p.groups * (p.rows_per_sample * p.positions) ** 2
+        side = p.rows_per_sample * p.positions
+        flops, moved, calls = (map_cost if few_positions(p) else shift_cost)(p)
+        flops += 2.0 * side**2 * p.groups * p.out_per_group
+        moved += 4.0 * p.groups * side**2
         size = accumulation_dtype(p.dtype).itemsize
         chunks = -(-p.samples // samples_per_chunk(p, self._bytes(p)))
         return Cost(
-            flops=p.samples * per_sample,
+            flops=p.samples * flops,
             bytes=p.samples * moved * size,
-            calls=chunks * calls,
+            calls=chunks * (8 + calls),
             peak_bytes=min(samples_per_chunk(p, self._bytes(p)), p.samples) * self._bytes(p),
         )
 
@@ -113,11 +94,10 @@ class Gram(Strategy):
 
     @staticmethod
     def _bytes(problem: WeightGradProblem) -> int:
-        """Bytes of one sample's largest temporaries: D, S, and R of one residue class with its sums."""
+        """Bytes of one sample's largest temporaries: D, S, and R with its sums."""
         p = problem
-        entries = 2 * (p.rows_per_sample * p.positions) ** 2
-        largest = max(prod(_phase_sizes(p, phases)) for phases in product(*_phases(p)))
-        entries += 2 * (p.rows_per_sample * largest) ** 2
+        inputs = prod(p.input_size) if few_positions(p) else largest_phase(p)
+        entries = 2 * p.rows_per_sample**2 * (p.positions**2 + inputs**2)
         return p.groups * entries * accumulation_dtype(p.dtype).itemsize
 
 
@@ -128,57 +108,10 @@ def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     g = grad.reshape(p.samples, p.rows_per_sample, p.groups, p.out_per_group, p.positions)
     g = g.permute(0, 2, 1, 4, 3).flatten(2, 3)
     d = g @ g.transpose(2, 3)
-    s = torch.zeros_like(d)
-    padding = [end for size in reversed(p.geometry.symmetric_padding) for end in (size, size)]
-    padded = F.pad(x, padding) if any(padding) else x
-    for phases in product(*_phases(p)):
-        s += _shifted_gram(padded, p, phases).reshape(s.shape)
+    s = mapped(x, p) if few_positions(p) else shifted(x, p)
     norms = (d * s).sum((1, 2, 3))
     # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
     diagonal = d.diagonal(dim1=2, dim2=3).clamp(min=0) * s.diagonal(dim1=2, dim2=3).clamp(min=0)
     magnitude = diagonal.sqrt().sum(2).square().sum(1)
     eaten = (norms < CANCELLATION * magnitude) & (magnitude > 0)
     return norms.masked_fill(eaten, float("-inf"))
-
-
-def _shifted_gram(padded: Tensor, problem: WeightGradProblem, phases: tuple[_Phase, ...]) -> Tensor:
-    """Sum of the shifted R of one residue class: `N G (K T..) (K T'..)`."""
-    p = problem
-    sizes = _phase_sizes(p, phases)
-    for axis, (phase, size) in enumerate(zip(phases, sizes, strict=True)):
-        step = p.geometry.stride[axis]
-        padded = padded.narrow(axis + 2, phase.residue, (size - 1) * step + 1)[
-            (slice(None),) * (axis + 2) + (slice(None, None, step),)
-        ]
-    # (NK)(GI)U -> NG (KU) I
-    u = padded.reshape(p.samples, p.rows_per_sample, p.groups, p.in_per_group, prod(sizes))
-    u = u.permute(0, 2, 1, 4, 3).flatten(2, 3)
-    gram = u @ u.transpose(2, 3)
-    k, rank = p.rows_per_sample, len(sizes)
-    gram = gram.reshape(p.samples, p.groups, k, *sizes, k, *sizes)
-    for axis in reversed(range(rank)):
-        left, right, out = 3 + axis, 4 + rank + axis, p.output_size[axis]
-        first, *others = (gram.narrow(left, q, out).narrow(right, q, out) for q in phases[axis].shifts)
-        gram = sum(others, first)
-    return gram
-
-
-def _phases(problem: WeightGradProblem) -> list[list[_Phase]]:
-    """Return for each axis the residue classes that some kernel offset reaches, in padded coordinates."""
-    geometry = problem.geometry
-    assert geometry.kernel_size is not None
-    axes = []
-    for kernel, stride, dilation in zip(
-        geometry.kernel_size, geometry.stride, geometry.dilation, strict=True
-    ):
-        shifts: dict[int, list[int]] = {}
-        for d in range(kernel):
-            shift, residue = divmod(dilation * d, stride)
-            shifts.setdefault(residue, []).append(shift)
-        axes.append([_Phase(residue, tuple(q)) for residue, q in shifts.items()])
-    return axes
-
-
-def _phase_sizes(problem: WeightGradProblem, phases: tuple[_Phase, ...]) -> tuple[int, ...]:
-    """Input positions of a residue class that some output position reads, per axis."""
-    return tuple(out + max(phase.shifts) for out, phase in zip(problem.output_size, phases, strict=True))

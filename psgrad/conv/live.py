@@ -1,0 +1,87 @@
+"""The live part of a kernel: offsets that meet padding alone have no gradient, and no cost.
+
+On small inputs such offsets exist: of a 3x3 kernel with padding 1 on a 1x1 input only the centre
+ever meets an element. The verbs crop the kernel to what is alive, and put the zeros back around
+the result; the norms need no zeros at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.problem import WeightGradProblem
+
+__all__ = ["LiveKernel", "live_kernel"]
+
+
+@dataclass(frozen=True)
+class LiveKernel:
+    """How to crop a problem to the offsets that meet an element of x.
+
+    Attributes
+    ----------
+    problem
+        Of the cropped kernel; it has the output size of the whole one.
+    ends
+        What x is padded by (cut by, where negative), in the order of `torch.nn.functional.pad`.
+    dead
+        The zeros around the cropped result, in the same order.
+
+    """
+
+    problem: WeightGradProblem
+    ends: tuple[int, ...]
+    dead: tuple[int, ...]
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Return x as the cropped problem wants it."""
+        return F.pad(x, self.ends) if any(self.ends) else x
+
+    def embed(self, weight_grad: Tensor) -> Tensor:
+        """`[..., *cropped kernel]` -> `[..., *kernel]`, with zeros where nothing is alive."""
+        return F.pad(weight_grad, self.dead)
+
+
+@lru_cache(maxsize=4096)
+def live_kernel(problem: WeightGradProblem) -> LiveKernel | None:
+    """Return the smallest box of kernel offsets that holds all that is alive, or None if it is the whole."""
+    g = problem.geometry
+    assert g.kernel_size is not None
+    kernel, padding, ends, dead, input_size = [], [], [], [], []
+    for k, s, dil, (before, _), size, out in zip(
+        g.kernel_size, g.stride, g.dilation, g.padding, problem.input_size, problem.output_size, strict=True
+    ):
+        alive = [d for d in range(k) if any(0 <= s * t + dil * d - before < size for t in range(out))]
+        first, last = (alive[0], alive[-1]) if alive else (0, k - 1)  # nothing alive: not worth a case
+        kernel.append(last - first + 1)
+        dead.append((first, k - 1 - last))
+        # The first window moves by dil * first elements; the last one ends where T outputs need it.
+        start = before - dil * first
+        stop = s * (out - 1) + dil * (last - first) + 1 - size - start
+        # One pair of equal numbers is a convolution's own padding; the rest is done to x.
+        both = max(0, start)
+        if (size + 2 * both - dil * (last - first) - 1) // s + 1 == out and start >= 0:
+            stop = both
+        else:
+            both = max(0, min(start, stop))
+        padding.append(both)
+        ends.append((start - both, stop - both))
+        input_size.append(size + start - both + stop - both)
+    if not any(map(any, dead)):
+        return None
+    cropped = replace(
+        problem,
+        input_size=tuple(input_size),
+        geometry=ConvGeometry(tuple(kernel), g.stride, padding, g.dilation, groups=g.groups),
+    )
+    return LiveKernel(cropped, _flat(ends), _flat(dead))
+
+
+def _flat(pairs: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Pairs by axis -> the order of `torch.nn.functional.pad`, last axis first."""
+    return tuple(end for pair in reversed(pairs) for end in pair)

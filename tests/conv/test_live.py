@@ -1,0 +1,92 @@
+"""The live part of a kernel: nothing alive is cut off, nothing dead is computed."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from psgrad.conv import ConvGeometry, weighted_weight_grad
+from psgrad.conv.live import live_kernel
+from psgrad.conv.problem import normalise
+from tests import oracle
+from tests.problems import ConvProblem, conv_problems
+
+
+@settings(max_examples=300)
+@given(problem=conv_problems(min_samples=1))
+def test_the_live_box_is_the_smallest_that_holds_every_meeting(problem: ConvProblem) -> None:
+    x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    live = live_kernel(normal)
+    meetings = oracle.weight_grads(
+        torch.ones_like(x),
+        torch.ones_like(grad),
+        normal.weight_shape,
+        stride=normal.geometry.stride,
+        padding=normal.geometry.symmetric_padding,
+        dilation=normal.geometry.dilation,
+        groups=normal.groups,
+    ).sum((0, 1, 2))
+    alive = meetings.nonzero()
+    if live is None:
+        full = list(meetings.shape)
+        if len(alive):
+            assert (alive.amax(0) - alive.amin(0) + 1).tolist() == full
+        return
+    rank = meetings.ndim
+    before = [live.dead[2 * (rank - 1 - axis)] for axis in range(rank)]
+    cropped = live.problem.geometry.kernel_size
+    assert cropped is not None
+    if len(alive):
+        assert alive.amin(0).tolist() == before
+        assert (alive.amax(0) - alive.amin(0) + 1).tolist() == list(cropped)
+    assert tuple(live.crop(x).shape[2:]) == live.problem.input_size
+    assert live.problem.output_size == normal.output_size
+
+
+class Products(TorchDispatchMode):
+    """Shapes that `convolution_backward` was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.weights.append(tuple(args[2].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_larger_than_its_input_costs_what_is_alive() -> None:
+    x, grad = torch.randn(4, 8, 1, 6), torch.randn(4, 8, 1, 6)
+    with Products() as products:
+        summed = weighted_weight_grad(x, grad, (8, 8, 3, 3), ConvGeometry(3, padding=1), torch.ones(4))
+    assert products.weights == [(8, 8, 1, 3)]
+    assert summed.shape == (8, 8, 3, 3)
+    assert not summed[:, :, 0].any()
+
+
+def test_one_output_position_is_a_matrix_product() -> None:
+    x, grad, factors = torch.randn(4, 3, 5, 4).double(), torch.randn(4, 2, 1, 1).double(), torch.rand(4)
+    geometry = ConvGeometry((5, 4), stride=7, padding=(1, 2), dilation=(1, 2))
+    with Products() as products:
+        actual = weighted_weight_grad(x, grad, (2, 3, 5, 4), geometry, factors.double())
+    assert not products.weights
+    expected = _reference(x, grad, (2, 3, 5, 4), geometry, factors.double())
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def _reference(
+    x: Tensor, grad: Tensor, shape: tuple[int, ...], geometry: ConvGeometry, factors: Tensor
+) -> Tensor:
+    grads = oracle.weight_grads(
+        x,
+        grad,
+        shape,
+        stride=geometry.stride,
+        padding=geometry.symmetric_padding,
+        dilation=geometry.dilation,
+        groups=1,
+    )
+    return torch.tensordot(factors, grads, 1)
