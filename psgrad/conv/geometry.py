@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TypeVar
 
@@ -104,14 +105,14 @@ class ConvGeometry:
         """
         if not isinstance(module, nn.modules.conv._ConvNd):
             raise ShapeError(f"{type(module).__name__} is not a convolution")
-        return cls(
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding if module.padding_mode == "zeros" else 0,
-            dilation=module.dilation,
-            transposed=module.transposed,
-            output_padding=module.output_padding,
-            groups=module.groups,
+        return _geometry(
+            module.kernel_size,
+            module.stride,
+            module.padding if module.padding_mode == "zeros" else 0,
+            module.dilation,
+            module.transposed,
+            module.output_padding,
+            module.groups,
         )
 
     def at(self, kernel_size: Sequence[int]) -> ConvGeometry:
@@ -211,6 +212,10 @@ def _output_length(
     if transposed:
         return (length - 1) * stride - sum(padding) + reach + output_padding
     return (length + sum(padding) - reach) // stride + 1
+
+
+_geometry = lru_cache(maxsize=1024)(ConvGeometry)
+"""A layer's geometry is read at every step: what was normalised once is looked up."""
 
 
 def _ints(name: str, value: IntOrInts, *, least: int) -> tuple[int, ...]:
