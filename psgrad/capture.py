@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.captured_call import CapturedCall
+from psgrad.captured_call import captured_call
 from psgrad.contribution import KeptGrads, LayerUse
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import RULES, LayerCall, LayerRule
@@ -228,7 +228,7 @@ class Capture:
             use = LayerUse(layer.path, rule, LayerCall(layer.module, x, g, rows_per_sample, layer.wanted))
             self._recorder.record(use if computed is None else Carried(layer.path, computed, use))
 
-        return CapturedCall.apply(record, layer, rule, rest, self._anchor, x)
+        return captured_call(record, layer, rule, rest, self._anchor, x)
 
     def _record_written(self, p: nn.Parameter, per_sample: Tensor) -> None:
         self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]))

@@ -1,4 +1,8 @@
-"""One call of a layer with a rule, as one autograd node that records what its backward sees."""
+"""One call of a layer with a rule, recorded: its input, and in backward the gradient of its output.
+
+The layer runs on detached parameters, so that autograd computes the gradient of its input and nothing
+else; one node after it passes the gradient of the output on as it is, and tells.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psgrad.errors import CaptureError
 from psgrad.layers import LayerRule
 from psgrad.survey import Layer
 
-__all__ = ["CapturedCall"]
+__all__ = ["captured_call"]
 
 
-class CapturedCall(torch.autograd.Function):
-    """`apply(record, layer, rule, rest, anchor, x)`: the layer's output.
+def captured_call(
+    record: Callable[[Tensor, Tensor], None],
+    layer: Layer,
+    rule: LayerRule,
+    rest: list[Any],
+    anchor: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """Run `layer` on x and `rest`; in backward, call `record(x, g)` with its output's gradient g.
 
-    In backward, `record(x, g)` is called with the layer's input and its output's gradient; only the
-    gradient of x is computed.
+    `anchor` is a scalar that requires grad: it makes the call part of the graph where x does not.
     """
+    params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
+    return _Told.apply(record, anchor, x, rule.forward(layer.module, params, x, *rest))
+
+
+class _Told(torch.autograd.Function):
+    """`out` as it is."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        record: Callable[[Tensor, Tensor], None],
-        layer: Layer,
-        rule: LayerRule,
-        rest: list[Any],
-        anchor: Tensor,
-        x: Tensor,
+        ctx: Any, record: Callable[[Tensor, Tensor], None], anchor: Tensor, x: Tensor, out: Tensor
     ) -> Tensor:
-        """Run the layer; its own graph, for the input's gradient, is kept apart."""
         ctx.set_materialize_grads(False)
-        needs_x = ctx.needs_input_grad[5]
-        params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
-        with torch.set_grad_enabled(needs_x):
-            inner_x = x.detach().requires_grad_(needs_x)
-            out = rule.forward(layer.module, params, inner_x, *rest)
         ctx.save_for_backward(x)
         ctx.record = record
-        ctx.path = layer.path
-        ctx.inner = (inner_x, out if needs_x else None)
-        return out.detach()
+        return out.detach()  # no view: what follows may write to it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Record, and return the input's gradient if it is asked for.
-
-        Raises
-        ------
-        CaptureError
-            In a second backward pass through the same forward pass.
-
-        """
-        nothing = (None, None, None, None, None)
-        if g is None:
-            return (*nothing, None)
-        if ctx.inner is None:
-            raise CaptureError(
-                f"{ctx.path!r}: a second backward pass through the same forward pass; psgrad frees a layer's "
-                "inner graph after the first. Run the forward pass again, or add up the losses first."
-            )
-        (inner_x, out), ctx.inner = ctx.inner, None
-        (x,) = ctx.saved_tensors
-        ctx.record(x.detach(), g)
-        return (*nothing, None if out is None else torch.autograd.grad(out, inner_x, g)[0])
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, Tensor | None]:
+        if g is not None:
+            (x,) = ctx.saved_tensors
+            ctx.record(x.detach(), g)
+        return None, None, None, g

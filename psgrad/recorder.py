@@ -65,8 +65,11 @@ class Recorder:
                 f"one backward pass saw {samples} samples in {path!r} and {contribution.samples} in "
                 f"{contribution.path!r}: all inputs of a backward pass need the same batch"
             )
-        with torch.no_grad(), torch.autocast(contribution.parameters[0].device.type, enabled=False):
-            self._consumer.add(contribution)
+        device_type = contribution.parameters[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._consumer.add(contribution)
+        with torch.autocast(device_type, enabled=False):
+            return self._consumer.add(contribution)
 
     def forget_failed(self) -> None:
         """Drop what a backward pass left that ended in an error: called where none is running."""
