@@ -8,11 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from psgrad.layers import LayerCall, LayerRule
-from psgrad.layers.base import drop_removed, squared_norms
+from psgrad.layers.base import squared_norms, weighted
 
 __all__ = ["Contribution", "KeptGrads", "LayerUse", "PerParameter"]
 
@@ -79,13 +78,7 @@ class KeptGrads(Contribution):
 
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
-        any_removed = bool((factors == 0).any())
-        return {
-            p: torch.tensordot(
-                factors.to(grad.dtype), drop_removed(grad, factors) if any_removed else grad, 1
-            )
-            for p, grad in self.written.items()
-        }
+        return {p: weighted(factors, grad) for p, grad in self.written.items()}
 
     def kept(self) -> Contribution:
         """See `Contribution.kept`."""
@@ -112,7 +105,7 @@ class LayerUse(Contribution):
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", self.call.samples)
         object.__setattr__(
-            self, "parameters", tuple(self.call.module.get_parameter(name) for name in self.call.wanted)
+            self, "parameters", tuple(self.call.module._parameters[name] for name in self.call.wanted)
         )
 
     def grads(self) -> PerParameter:

@@ -8,7 +8,7 @@ layer's rule says which.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psgrad.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.per_sample import accumulate
@@ -20,20 +20,24 @@ class Held:
     """Contributions and their squared norms, every parameter in one place only."""
 
     def __init__(self) -> None:
-        self._contributions: list[Contribution] = []
-        self._sq_norms: list[PerParameter] = []
+        self._held: list[tuple[Contribution, PerParameter]] = []
+        self._where: dict[nn.Parameter, Contribution] = {}
 
     def add(self, contribution: Contribution) -> None:
         """Take a contribution. A parameter that was used before has the norm of the sum of its uses."""
-        parameters = set(contribution.parameters)
-        for i in reversed(range(len(self._contributions))):
-            if parameters & set(self._contributions[i].parameters):
-                # both must be written out to be added up, sample by sample
-                earlier, _ = self._contributions.pop(i), self._sq_norms.pop(i)
-                contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
+        while earlier := self._overlapping(contribution):
+            # both must be written out to be added up, sample by sample
+            self._held = [entry for entry in self._held if entry[0] is not earlier]
+            contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
+            for p in earlier.parameters:
+                del self._where[p]
         held = contribution.kept()
-        self._contributions.append(held)
-        self._sq_norms.append(held.sq_norms())
+        self._held.append((held, held.sq_norms()))
+        self._where.update(dict.fromkeys(held.parameters, held))
+
+    def _overlapping(self, contribution: Contribution) -> Contribution | None:
+        """Return a held contribution that has a parameter of this one."""
+        return next((self._where[p] for p in contribution.parameters if p in self._where), None)
 
     def per_layer(self) -> dict[str, Tensor]:
         """Norms `[N]` of what each module contributed, by its path; float32 at least.
@@ -41,7 +45,7 @@ class Held:
         Parameters that several modules share are counted where they were used first in backward.
         """
         sums: dict[str, Tensor] = {}
-        for contribution, sq_norms in zip(self._contributions, self._sq_norms, strict=True):
+        for contribution, sq_norms in self._held:
             for sq_norm in sq_norms.values():
                 path = contribution.path
                 sums[path] = sums[path] + sq_norm if path in sums else sq_norm
@@ -52,9 +56,9 @@ class Held:
 
         Without factors it is the plain sum, also of what is not finite.
         """
-        contributions = self._contributions
+        held = self._held
         self.clear()
-        for contribution in contributions:
+        for contribution, _ in held:
             if factors is None:
                 factors = torch.ones(contribution.samples, device=contribution.parameters[0].device)
             for p, total in contribution.weighted_sum(factors).items():
@@ -62,7 +66,7 @@ class Held:
 
     def clear(self) -> None:
         """Hold nothing."""
-        self._contributions, self._sq_norms = [], []
+        self._held, self._where = [], {}
 
 
 def total_norms(per_layer: dict[str, Tensor]) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
@@ -20,6 +19,7 @@ __all__ = [
     "per_row",
     "sample_sum",
     "squared_norms",
+    "weighted",
 ]
 
 
@@ -90,28 +90,38 @@ class LayerRule(ABC):
 
         A factor of exactly 0 removes its sample, also one that is not finite.
         """
-        return {
-            name: torch.tensordot(factors.to(grad.dtype), drop_removed(grad, factors), 1)
-            for name, grad in self.grads(call).items()
-        }
+        return {name: weighted(factors, grad) for name, grad in self.grads(call).items()}
 
     def keeps_grads(self, call: LayerCall) -> bool:
         """Whether clipping should hold the written-out gradients between norms and sum, not x and g.
 
         By default where they take no more memory.
         """
-        sizes = [call.module.get_parameter(name).numel() for name in call.wanted]
-        return call.samples * sum(sizes) <= call.x.numel() + call.g.numel()
+        size = sum(p.numel() for name in call.wanted if (p := call.module._parameters[name]) is not None)
+        return call.samples * size <= call.x.numel() + call.g.numel()
 
 
 def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
     """`[N]` -> `[(N K), 1, ..]`, in the dtype and rank of `like`."""
-    rows = per_sample.to(like.dtype).repeat_interleave(rows_per_sample)
+    rows = per_sample.to(like.dtype)
+    if rows_per_sample > 1:
+        rows = rows.repeat_interleave(rows_per_sample)
     return rows.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def weighted(factors: Tensor, grads: Tensor) -> Tensor:
+    """`sum_n factors[n] * grads[n]`: N, N.. -> ..; a factor of exactly 0 removes its sample."""
+    total = factors.to(grads.dtype) @ drop_removed(grads, factors).flatten(1)
+    return total.view(grads.shape[1:])
+
+
 def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:
-    """Put zeros in the rows of samples whose factor is 0: their values may be inf or NaN."""
+    """Put zeros in the rows of samples whose factor is 0: their values may be inf or NaN.
+
+    Where there are none, t itself. On CUDA nobody looks, which would make the host wait.
+    """
+    if not factors.is_cuda and factors.all():
+        return t
     removed = per_row(factors == 0, t, rows_per_sample).bool()
     return t.masked_fill(removed, 0)
 
@@ -121,6 +131,5 @@ def sample_sum(call: LayerCall, t: Tensor, keep: tuple[int, ...]) -> Tensor:
 
     The sum is kept in float32 at least and returned in the dtype of `t`.
     """
-    by_sample = call.by_sample(t)
     axes = [1, *(axis + 1 for axis in range(1, t.ndim) if axis not in keep)]
-    return by_sample.sum(axes, dtype=accumulation_dtype(t.dtype)).to(t.dtype)
+    return call.by_sample(t).sum(axes, dtype=accumulation_dtype(t.dtype)).to(t.dtype)

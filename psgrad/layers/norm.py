@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,11 +56,11 @@ class GroupNorm(_Channels):
 
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
         """See `LayerRule.forward`."""
-        return F.group_norm(x, module.num_groups, params["weight"], params["bias"], module.eps)
+        return torch.group_norm(x, module.num_groups, params["weight"], params["bias"], module.eps)
 
     def normalised(self, module: Any, x: Tensor) -> Tensor:
         """See `_Affine.normalised`."""
-        return F.group_norm(x, module.num_groups, None, None, module.eps)
+        return torch.group_norm(x, module.num_groups, None, None, module.eps)
 
 
 class InstanceNorm(_Channels):
