@@ -122,6 +122,11 @@ def operand_bytes(problem: WeightGradProblem) -> int:
     return p.rows_per_sample * p.groups * channels * p.dtype.itemsize
 
 
+def rows_of(problem: WeightGradProblem, start: int, samples: int) -> slice:
+    """Return the rows of the batch that belong to these samples."""
+    return slice(start * problem.rows_per_sample, (start + samples) * problem.rows_per_sample)
+
+
 def with_samples(problem: WeightGradProblem, samples: int) -> WeightGradProblem:
     """Return the same problem for another number of samples."""
     return replace(problem, samples=samples)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.gram.positions import positions_gram
 
 __all__ = ["few_positions", "map_cost", "mapped"]
 
@@ -54,22 +55,20 @@ def map_cost(problem: WeightGradProblem) -> tuple[float, float, int]:
 
 
 def mapped(x: Tensor, problem: WeightGradProblem) -> Tensor:
-    """Gram matrix of the patches: `(NK)(GI)U.. -> N G (KT) (KT)`."""
+    """Gram matrix of the patches: `(NK)(GI)U.. -> (NG) (KT) (KT)`."""
     p = problem
-    n, groups, k, inputs = p.samples, p.groups, p.rows_per_sample, prod(p.input_size)
-    # (NK)(GI)U -> NG I (KU)
-    u = x.reshape(n, k, groups, p.in_per_group, inputs).permute(0, 2, 3, 1, 4).flatten(3)
-    gram = u.transpose(2, 3) @ u
-    # (KU)(KU') -> K K' U U'
-    gram = gram.reshape(n * groups, k, inputs, k, inputs).transpose(2, 3)
+    k, inputs, outputs = p.rows_per_sample, prod(p.input_size), p.positions
+    gram = positions_gram(x, p, inputs)
+    if k > 1:  # (KU)(KU') -> (KK') U U'
+        gram = gram.reshape(-1, k, inputs, k, inputs).transpose(2, 3)
     if _at_once(p):
-        whole = _matrix(_axes(p), gram.dtype, gram.device)
-        s = gram.reshape(-1, inputs**2) @ whole.t()
+        s = gram.reshape(-1, inputs**2) @ _matrix(_axes(p), gram.dtype, gram.device)
     else:
         s = _axis_by_axis(gram, p)
-    # K K' T T' -> (KT)(KT')
-    s = s.reshape(n * groups, k, k, p.positions, p.positions).transpose(2, 3)
-    return s.reshape(n, groups, k * p.positions, k * p.positions)
+    if k == 1:
+        return s.reshape(-1, outputs, outputs)
+    s = s.reshape(-1, k, k, outputs, outputs).transpose(2, 3)
+    return s.reshape(-1, k * outputs, k * outputs)
 
 
 def _axis_by_axis(gram: Tensor, problem: WeightGradProblem) -> Tensor:
@@ -81,8 +80,8 @@ def _axis_by_axis(gram: Tensor, problem: WeightGradProblem) -> Tensor:
     for axis, of_axis in enumerate(_axes(p)):
         matrix = _matrix((of_axis,), gram.dtype, gram.device)
         s = s.reshape(-1, sizes[axis], prod(sizes[axis + 1 :]))
-        s = s.squeeze(2) @ matrix.t() if axis == rank - 1 else matrix @ s
-        sizes[axis] = matrix.shape[0]
+        s = s.squeeze(2) @ matrix if axis == rank - 1 else matrix.t() @ s
+        sizes[axis] = matrix.shape[1]
     s = s.reshape(-1, *(size for out in p.output_size for size in (out, out)))
     return s.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
 
@@ -105,10 +104,10 @@ def _axes(problem: WeightGradProblem) -> tuple[Axis, ...]:
 
 @lru_cache(maxsize=256)
 def _matrix(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """M over these axes together: `[T^2, U^2]`."""
+    """M over these axes together, transposed: `[U^2, T^2]`."""
     meets = _meets(axes).to(dtype)
     _, t, u = meets.shape
-    return torch.einsum("dtu,dsv->tsuv", meets, meets).reshape(t * t, u * u).to(device)
+    return torch.einsum("dtu,dsv->uvts", meets, meets).reshape(u * u, t * t).to(device)
 
 
 @lru_cache(maxsize=256)

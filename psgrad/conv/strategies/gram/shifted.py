@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.gram.positions import positions_gram
 
 __all__ = ["largest_phase", "shift_cost", "shifted"]
 
@@ -23,13 +24,13 @@ class _Phase:
 
 
 def shifted(x: Tensor, problem: WeightGradProblem) -> Tensor:
-    """Gram matrix of the patches: `(NK)(GI)U.. -> N G (KT) (KT)`."""
+    """Gram matrix of the patches: `(NK)(GI)U.. -> (NG) (KT) (KT)`."""
     p = problem
     padding = [end for size in reversed(p.geometry.symmetric_padding) for end in (size, size)]
     padded = F.pad(x, padding) if any(padding) else x
     first, *others = (_shifted_sum(padded, p, phases) for phases in product(*_phases(p)))
     positions = p.rows_per_sample * p.positions
-    return sum(others, first).reshape(p.samples, p.groups, positions, positions)
+    return sum(others, first).reshape(-1, positions, positions)
 
 
 def shift_cost(problem: WeightGradProblem) -> tuple[float, float, int]:
@@ -60,14 +61,11 @@ def _shifted_sum(padded: Tensor, problem: WeightGradProblem, phases: tuple[_Phas
         padded = padded.narrow(axis + 2, phase.residue, (size - 1) * step + 1)[
             (slice(None),) * (axis + 2) + (slice(None, None, step),)
         ]
-    # (NK)(GI)U -> NG (KU) I
-    u = padded.reshape(p.samples, p.rows_per_sample, p.groups, p.in_per_group, prod(sizes))
-    u = u.permute(0, 2, 1, 4, 3).flatten(2, 3)
-    gram = u @ u.transpose(2, 3)
+    gram = positions_gram(padded, p, prod(sizes))
     k, rank = p.rows_per_sample, len(sizes)
-    gram = gram.reshape(p.samples, p.groups, k, *sizes, k, *sizes)
+    gram = gram.reshape(-1, k, *sizes, k, *sizes)
     for axis in reversed(range(rank)):
-        left, right, out = 3 + axis, 4 + rank + axis, p.output_size[axis]
+        left, right, out = 2 + axis, 3 + rank + axis, p.output_size[axis]
         first, *others = (gram.narrow(left, q, out).narrow(right, q, out) for q in phases[axis].shifts)
         gram = sum(others, first)
     return gram

@@ -17,12 +17,22 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunk_bytes, samples_per_chunk, with_samples
+from psgrad.conv.strategies.base import (
+    Cost,
+    Strategy,
+    Verb,
+    chunk_bytes,
+    rows_of,
+    samples_per_chunk,
+    with_samples,
+)
 from psgrad.conv.strategies.gram.mapped import few_positions, map_cost, mapped
+from psgrad.conv.strategies.gram.positions import positions_gram
 from psgrad.conv.strategies.gram.shifted import largest_phase, shift_cost, shifted
 from psgrad.conv.strategies.loop import Loop
 
@@ -78,18 +88,21 @@ class Gram(Strategy):
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.sq_norms`."""
         dtype = accumulation_dtype(x.dtype)
-        norms = x.new_empty(problem.samples, dtype=dtype)
         chunk = samples_per_chunk(problem, self._bytes(problem))
-        for start in range(0, problem.samples, chunk):
-            count = min(chunk, problem.samples - start)
-            rows = slice(start * problem.rows_per_sample, (start + count) * problem.rows_per_sample)
-            part = with_samples(problem, count)
-            norms[start : start + count] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
-        # NaN compares false: it stays, for the caller to see.
-        again = norms.isneginf()
-        for n in again.nonzero().flatten().tolist():
-            rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
-            norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
+        if chunk >= problem.samples > 0:
+            norms, eaten = _norms(x.to(dtype), grad.to(dtype), problem)
+        else:
+            norms = x.new_empty(problem.samples, dtype=dtype)
+            eaten = x.new_empty(problem.samples, dtype=torch.bool)
+            for start in range(0, problem.samples, chunk):
+                part = with_samples(problem, min(chunk, problem.samples - start))
+                rows = rows_of(problem, start, part.samples)
+                here = slice(start, start + part.samples)
+                norms[here], eaten[here] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
+        if eaten.any():
+            for n in eaten.nonzero().flatten().tolist():
+                rows = rows_of(problem, n, 1)
+                norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
         return norms
 
     @staticmethod
@@ -101,17 +114,14 @@ class Gram(Strategy):
         return p.groups * entries * accumulation_dtype(p.dtype).itemsize
 
 
-def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
-    """Squared norms `[N]`; -inf where cancellation has eaten the digits."""
-    p = problem
-    # (NK)(GO)T -> NG (KT) O; D: NG (KT)(KT)
-    g = grad.reshape(p.samples, p.rows_per_sample, p.groups, p.out_per_group, p.positions)
-    g = g.permute(0, 2, 1, 4, 3).flatten(2, 3)
-    d = g @ g.transpose(2, 3)
-    s = mapped(x, p) if few_positions(p) else shifted(x, p)
-    norms = (d * s).sum((1, 2, 3))
+def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor, Tensor]:
+    """Squared norms `[N]`, and where cancellation has eaten their digits."""
+    d = positions_gram(grad, problem, problem.positions)
+    s = mapped(x, problem) if few_positions(problem) else shifted(x, problem)
+    norms = torch.linalg.vecdot(d.flatten(1), s.flatten(1))
     # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
-    diagonal = d.diagonal(dim1=2, dim2=3).clamp(min=0) * s.diagonal(dim1=2, dim2=3).clamp(min=0)
-    magnitude = diagonal.sqrt().sum(2).square().sum(1)
-    eaten = (norms < CANCELLATION * magnitude) & (magnitude > 0)
-    return norms.masked_fill(eaten, float("-inf"))
+    diagonal = d.diagonal(dim1=1, dim2=2) * s.diagonal(dim1=1, dim2=2)
+    magnitude = diagonal.clamp(min=0).sqrt().sum(1).square()
+    if problem.groups > 1:
+        norms, magnitude = (t.reshape(-1, problem.groups).sum(1) for t in (norms, magnitude))
+    return norms, norms < CANCELLATION * magnitude  # NaN compares false: it stays, for the caller to see

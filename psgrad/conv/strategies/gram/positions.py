@@ -1,0 +1,26 @@
+"""The Gram matrix over a tensor's positions, of every sample and group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psgrad.conv.problem import WeightGradProblem
+
+__all__ = ["positions_gram"]
+
+
+def positions_gram(t: Tensor, problem: WeightGradProblem, positions: int) -> Tensor:
+    """(NK)(GC)T -> (NG) (KT) (KT)."""
+    n, k, groups = problem.samples, problem.rows_per_sample, problem.groups
+    if n == 0:
+        return t.new_zeros(0, k * positions, k * positions)
+    if k * positions == 1:  # a batch of dot products is slow as a batch of matrix products
+        rows = t.reshape(n * groups, -1)
+        return torch.linalg.vecdot(rows, rows).reshape(-1, 1, 1)
+    if k == 1:
+        columns = t.reshape(n * groups, -1, positions)
+    else:
+        by_row = t.reshape(n, k, groups, t.shape[1] // groups, positions)
+        columns = by_row.permute(0, 2, 3, 1, 4).reshape(n * groups, t.shape[1] // groups, k * positions)
+    return columns.mT @ columns
