@@ -13,6 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import (
+    _add_batch_dim,
+    _unwrap_batched,
+    is_batchedtensor,
+    maybe_current_level,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -54,7 +62,7 @@ class Region:
         self._record = record
         self._linear = linear
         self._anchor = anchor
-        self._token = anchor  # inside the vmap: a scalar of each sample
+        self._level = 0  # of the vmap
         self._outside = False
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._originals: dict[int, nn.Parameter] = {}
@@ -105,8 +113,8 @@ class Region:
         out_leaves: list[Any] = []  # what the last sample returned: vmap passes tensors only
         out_spec: list[TreeSpec] = []
 
-        def one(token: Tensor, *inputs: Tensor) -> list[Tensor]:
-            self._token = token
+        def one(*inputs: Tensor) -> list[Tensor]:
+            self._level = maybe_current_level()
             filled = list(leaves)
             for i, tensor in zip(batched, inputs, strict=True):
                 filled[i] = tensor
@@ -117,9 +125,8 @@ class Region:
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         split = [leaves[i].unflatten(0, (self.samples, rows_per_sample)) for i in batched]
-        tokens = self._anchor.detach().expand(self.samples)
         try:
-            tensors = iter(torch.vmap(one, randomness="different")(tokens, *split))
+            tensors = iter(torch.vmap(one, randomness="different")(*split))
         except PsgradError:
             raise
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as err:
@@ -144,20 +151,34 @@ class Region:
         return (m for m in modules if m not in kept)
 
     def outside(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """Call `function` outside of the vmap, on tensors with the samples in axis 0, as is its result."""
+        """Call `function` outside of the vmap, on tensors with the samples in axis 0, as is its result.
 
-        def call(*tensors: Tensor) -> Tensor:
-            if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
-                raise CaptureError(
-                    f"{self._name}: a layer was called from a torch.vmap inside of this module"
-                )
-            self._outside = True
-            try:
-                return function(*tensors)
-            finally:
-                self._outside = False
+        This is what the `vmap` of a `torch.autograd.Function` is for; done by hand, it costs a tenth.
 
-        return _Outside.apply(call, self._token, *tensors)
+        Raises
+        ------
+        CaptureError
+            If the call comes from a vmap inside of the region, or from none.
+
+        """
+        interpreter = peek_interpreter_stack()
+        if interpreter is None or interpreter.level() != self._level:
+            where = "after its forward had ended" if interpreter is None else "from a torch.vmap inside of it"
+            raise CaptureError(
+                f"{self._name}: a layer was called {where}; psgrad runs this module one sample at a time, "
+                "because it uses parameters of its own or calls layers on other rows than the batch's"
+            )
+        first = []
+        for t in tensors:
+            value, axis = _unwrap_batched(t, self._level)
+            first.append(t.expand(self.samples, *t.shape) if axis is None else value.movedim(axis, 0))
+        self._outside = True
+        try:
+            with temporarily_pop_interpreter_stack():
+                out = function(*first)
+        finally:
+            self._outside = False
+        return _add_batch_dim(out, 0, self._level)
 
     def _copy(self, p: nn.Parameter) -> Tensor:
         """Return every sample's own copy of a parameter."""
@@ -177,7 +198,7 @@ class Region:
 
     def own(self, t: Tensor) -> Tensor:
         """Return every sample's own copy of a tensor: vmap writes no sample's values to a shared one."""
-        if self._outside or torch._C._functorch.is_batchedtensor(t):
+        if self._outside or is_batchedtensor(t):
             return t
         samples = self.samples
         return self.outside(lambda: t.expand(samples, *t.shape).clone())
@@ -218,28 +239,6 @@ class Region:
 
         masks = () if attn_mask is None else (attn_mask,)
         return self.outside(all_samples, query, key, value, *masks)
-
-
-class _Outside(torch.autograd.Function):
-    """Its vmap rule is all there is to it: the function sees the samples as axis 0."""
-
-    @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        raise CaptureError("a layer of a region was called after the region had ended")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep nothing: autograd records what the function does."""
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], function: Callable[..., Tensor], *tensors: Tensor
-    ) -> tuple[Tensor, int]:
-        first = [
-            t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
-            for t, axis in zip(tensors, in_dims[1:], strict=True)
-        ]
-        return function(*first[1:]), 0  # without the token, which only makes sure that the vmap is met
 
 
 class _Expand(torch.autograd.Function):

@@ -8,7 +8,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad.layers.base import LayerCall, LayerRule, accumulation_dtype, drop_removed, per_row, sample_sum
+from psgrad.conv.strategies.gram import CANCELLATION
+from psgrad.layers.base import (
+    LayerCall,
+    LayerRule,
+    accumulation_dtype,
+    drop_removed,
+    per_row,
+    sample_sum,
+    squared_norms,
+)
 
 __all__ = ["Linear"]
 
@@ -37,17 +46,16 @@ class Linear(LayerRule):
         return grads
 
     def sq_norms(self, call: LayerCall) -> dict[str, Tensor]:
-        """See `LayerRule.sq_norms`; one position per sample has norm |x|^2 |g|^2, exactly."""
+        """See `LayerRule.sq_norms`; by Gram matrices over positions where that is less."""
         x, g = _operands(call)
-        if x.shape[1] != 1:
+        positions, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
+        if positions * (inputs + outputs) >= inputs * outputs and positions != 1:
             return super().sq_norms(call)
-        dtype = accumulation_dtype(g.dtype)
-        g_norms = g[:, 0].to(dtype).square().sum(1)
         norms = {}
         if "weight" in call.wanted:
-            norms["weight"] = g_norms * x[:, 0].to(dtype).square().sum(1)
+            norms["weight"] = _gram_sq_norms(x, g)
         if "bias" in call.wanted:
-            norms["bias"] = g_norms
+            norms["bias"] = squared_norms(g.sum(1, dtype=accumulation_dtype(g.dtype)))
         return norms
 
     def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
@@ -68,3 +76,22 @@ def _operands(call: LayerCall) -> tuple[Tensor, Tensor]:
     g = call.by_sample(call.g).flatten(1, -2)
     x = call.by_sample(call.x.to(call.g.dtype)).flatten(1, -2)
     return x, g
+
+
+def _gram_sq_norms(x: Tensor, g: Tensor) -> Tensor:
+    """`||sum_t g_t x_t^T||^2 = sum_{t,t'} <g_t, g_t'> <x_t, x_t'>`, N T I, N T O -> N.
+
+    One position is exact. Of more, a sum that cancels by more than `CANCELLATION` is computed again,
+    directly, as `psgrad.conv.strategies.gram` explains: a norm that comes out low leaves a sample unclipped.
+    """
+    dtype = accumulation_dtype(g.dtype)
+    x, g = x.to(dtype), g.to(dtype)
+    if x.shape[1] == 1:
+        return x.square().sum((1, 2)) * g.square().sum((1, 2))
+    s, d = x @ x.transpose(1, 2), g @ g.transpose(1, 2)
+    norms = (d * s).sum((1, 2))
+    magnitude = (s.diagonal(dim1=1, dim2=2) * d.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1).square()
+    eaten = (norms < CANCELLATION * magnitude) & (magnitude > 0)  # NaN compares false, and stays
+    for n in eaten.nonzero().flatten().tolist():
+        norms[n] = (g[n].T @ x[n]).square().sum()
+    return norms

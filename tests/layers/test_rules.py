@@ -40,6 +40,7 @@ CASES = [
     (nn.ConvTranspose3d, lambda: nn.ConvTranspose3d(2, 2, 2, dilation=3, output_padding=2), (2, 2, 3, 2)),
     (nn.Linear, lambda: nn.Linear(5, 3), (5,)),
     (nn.Linear, lambda: nn.Linear(5, 3, bias=False), (4, 2, 5)),
+    (nn.Linear, lambda: nn.Linear(9, 8), (3, 9)),  # few positions: norms by Gram matrices
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4, 5, 3)),
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4,)),
     (nn.InstanceNorm1d, lambda: nn.InstanceNorm1d(3, affine=True), (3, 6)),
@@ -159,3 +160,15 @@ def test_transposed_convolution_with_output_size():
     with PerSampleGrads(layer):
         loss_of(layer, x).backward()
     torch.testing.assert_close(layer.weight.grad_sample, expected["weight"])
+
+
+def test_linear_norm_of_a_gradient_that_cancels():
+    """Two positions whose gradients nearly cancel: the Gram sum has no digit left, the norm has."""
+    layer = nn.Linear(64, 64)
+    a, g = torch.randn(64), torch.randn(64)
+    x = torch.stack([a, a * (1 + 2**-11)])[None]
+    grad = torch.stack([g, -g])[None]
+    with clip_per_sample(layer, torch.inf, "sum") as clip:
+        layer(x).backward(grad)
+    exact = grad.double()[0].T @ x.double()[0]
+    torch.testing.assert_close(clip.result.norms.double(), exact.norm()[None], rtol=1e-3, atol=0)
