@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -127,7 +128,8 @@ class Capture:
         while path:
             path = path.rpartition(".")[0]
             module = self._module.get_submodule(path)
-            if path not in self._layers and type(module).forward is not nn.Module.forward:
+            calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
+            if path not in self._layers and (calls or not path):
                 return self._attach(Layer(path, module, None))
         raise error
 
@@ -140,11 +142,19 @@ class Capture:
             If axis 0 of the layer's input cannot be the batch.
         _OtherRowsError
             If it has not the batch's rows.
+        CaptureError
+            If it is called from a vmap that is not the present region's.
 
         """
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
+        if self._region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
+            raise CaptureError(
+                f"{layer} was called again for a module that runs one sample at a time (one of "
+                f"{', '.join(map(repr, self.regions))}) after that had ended. If torch.utils.checkpoint "
+                "calls it: put the checkpoint around that module, not inside of it."
+            )
         if layer.rule is None:
             return self._run_region(layer, forward, args, kwargs)
         if not layer.trains or (self._region is not None and self._region.samples == 0):

@@ -7,11 +7,13 @@ else; one node after it passes the gradient of the output on as it is, and tells
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from psgrad.errors import CaptureError
 from psgrad.layers import LayerRule
 from psgrad.survey import Layer
 
@@ -30,8 +32,17 @@ def captured_call(
 
     `anchor` is a scalar that requires grad: it makes the call part of the graph where x does not.
     """
+    if torch._C._current_graph_task_id() != -1:  # a checkpoint runs the layer again, in backward
+        record = partial(_refuse, layer.path)
     params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
     return _Told.apply(record, anchor, x, rule.forward(layer.module, params, x, *rest))
+
+
+def _refuse(path: str, x: Tensor, g: Tensor) -> None:
+    raise CaptureError(
+        f"{path!r}: this layer's forward ran inside of a backward pass, and now has a backward pass of its own: "
+        "a sample's gradient would be told in parts. Use torch.utils.checkpoint with use_reentrant=False."
+    )
 
 
 class _Told(torch.autograd.Function):

@@ -62,7 +62,7 @@ class Region:
         self._record = record
         self._linear = linear
         self._anchor = anchor
-        self._level = 0  # of the vmap
+        self._level: int | None = None  # of the vmap
         self._outside = False
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._originals: dict[int, nn.Parameter] = {}
