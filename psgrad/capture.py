@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.captured_call import captured_call
@@ -61,6 +61,8 @@ class Capture:
         self._rows_per_sample = rows_per_sample
         self._root_rows: int | None = None
         self._region: Region | None = None
+        self._learned = self._learning = False
+        self._batched: dict[str, set[int]] = {}  # a region's inputs that grow with the batch
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
         layers = layers_of(module)
@@ -101,10 +103,66 @@ class Capture:
 
     def _run_root(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the whole module, knowing how many rows its batch has."""
+        rows = first_rows(args, kwargs)
         if torch.is_grad_enabled():
             refuse_mixing(self._module)
             self._check_trainable()
-        self._root_rows = first_rows(args, kwargs)
+            if rows and rows % self._rows_per_sample == 0 and not self._learned:
+                return self._learn_and_run(forward, args, kwargs, rows)
+        return self._run_rows(forward, args, kwargs, rows)
+
+    def _learn_and_run(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> Any:
+        """Run some samples, then all.
+
+        Raises
+        ------
+        CaptureError
+            If only the latter works. What neither can do is told as it is without psgrad.
+
+        """
+        failed = None
+        try:
+            self._learn(forward, args, kwargs, rows)
+        except Exception as error:  # whatever a model may raise
+            failed = error
+        out = self._run_rows(forward, args, kwargs, rows)
+        if failed is not None:
+            raise CaptureError(
+                f"the model runs on {rows} rows, but not on fewer or more: {failed}. Its first batch runs "
+                "with another number of samples, to tell the axis of the batch from others of its length; let "
+                "the model take a batch of any size."
+            ) from failed
+        self._learned = True
+        return out
+
+    def _learn(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
+        """Run another number of samples: what does not grow with it is not the batch, whatever its size.
+
+        Without it, a sequence as long as the batch would pass for the batch. Random numbers and buffers
+        are put back.
+        """
+        samples = 3 if rows == 2 * self._rows_per_sample else 2
+        some = torch.arange(samples * self._rows_per_sample) % rows
+
+        def few(t: Any) -> Any:
+            batch = isinstance(t, Tensor) and t.shape[:1] == (rows,)
+            return t.detach()[some.to(t.device)] if batch else t
+
+        buffers = [(b, b.clone()) for b in self._module.buffers()]
+        devices = {p.device.index for p in self._owners if p.is_cuda}
+        self._learning = True
+        try:
+            with torch.random.fork_rng(devices):
+                few_args, few_kwargs = tree_map(few, (args, kwargs))
+                self._run_rows(forward, few_args, few_kwargs, len(some))
+        finally:
+            self._learning = False
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+
+    def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
+        self._root_rows = rows
         try:
             while True:
                 root = self._layers.get("")
@@ -193,11 +251,16 @@ class Capture:
         if rows is None or rows % self._rows_per_sample:
             seen = "no input is a batch" if rows is None else f"{rows} rows"
             raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
-        if not any(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in tree_leaves((args, kwargs))):
+        leaves = tree_leaves((args, kwargs))
+        batched = {i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.shape[:1] == (rows,)}
+        if self._learning:
+            self._batched.setdefault(layer.path, set()).update(batched)
+        batched &= self._batched.get(layer.path, batched)
+        if not batched:
             raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
         self._region = Region(str(layer), layer.module, self._record_written, self._run_linear, self._anchor)
         try:
-            return self._region.run(forward, args, kwargs, rows, self._rows_per_sample)
+            return self._region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
             self._region = None
 

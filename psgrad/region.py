@@ -7,7 +7,7 @@ is run outside of the vmap, on all samples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class Region:
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        batched: Collection[int],
         rows: int,
         rows_per_sample: int,
     ) -> Any:
@@ -83,7 +84,9 @@ class Region:
         forward
             Of the module.
         args, kwargs
-            Its inputs. Tensors with N K rows are split into samples; others are shared by all samples.
+            Its inputs, shared by all samples but for those that are `batched`.
+        batched
+            Which of their leaves (`torch.utils._pytree`) have N K rows in axis 0, to be split into samples.
         rows
             N K.
         rows_per_sample
@@ -97,16 +100,13 @@ class Region:
         Raises
         ------
         RefusedModelError
-            If no input has N K rows, or `torch.vmap` cannot run the module; the reason is in the message.
+            If `torch.vmap` cannot run the module; the reason is in the message.
         PsgradError
             What a layer inside of the module raises.
 
         """
         self.samples = rows // rows_per_sample
         leaves, structure = tree_flatten((args, kwargs))
-        batched = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.shape[:1] == (rows,)]
-        if not batched:
-            raise RefusedModelError(f"{self._name} has trainable parameters but no input with {rows} rows")
         if self.samples == 0:
             with swapped(self._swappable(), self._copy):
                 return forward(*args, **kwargs)

@@ -1,5 +1,7 @@
 """What capture cannot do raises: by module or parameter, and with a way out."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,3 +136,32 @@ def test_second_backward_through_one_forward_is_as_without_psgrad():
         assert torch.equal(model.weight.grad, 2 * total)
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             loss.backward()
+
+
+def test_a_model_for_one_size_of_batch_only_is_a_clear_error():
+    class Eight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(x.reshape(8, 2))
+
+    model = Eight()
+    with PerSampleGrads(model), pytest.raises(CaptureError, match="8 rows, but not on fewer"):
+        model(torch.randn(8, 2))
+
+
+def test_learning_the_batch_axis_leaves_no_trace():
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Dropout(0.5), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2))
+    )
+    copied, x = copy.deepcopy(model), torch.randn(6, 3)
+    torch.manual_seed(0)
+    plain = copied(x)
+    torch.manual_seed(0)
+    with PerSampleGrads(model):
+        out = model(x)
+    torch.testing.assert_close(out, plain, rtol=0, atol=0)
+    for buffer, other in zip(model.buffers(), copied.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=0, atol=0)
