@@ -129,7 +129,7 @@ class Capture:
         if failed is not None:
             raise CaptureError(
                 f"the model runs on {rows} rows, but not on fewer or more: {failed}. Its first batch runs "
-                "with another number of samples, to tell the axis of the batch from others of its length; let "
+                "with another number of samples, to tell the axis of the batch from others as long; let "
                 "the model take a batch of any size."
             ) from failed
         self._learned = True

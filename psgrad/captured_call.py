@@ -40,7 +40,7 @@ def captured_call(
 
 def _refuse(path: str, x: Tensor, g: Tensor) -> None:
     raise CaptureError(
-        f"{path!r}: this layer's forward ran inside of a backward pass, and now has a backward pass of its own: "
+        f"{path!r}: this layer's forward ran inside of a backward pass, and now has one of its own: "
         "a sample's gradient would be told in parts. Use torch.utils.checkpoint with use_reentrant=False."
     )
 
