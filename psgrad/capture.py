@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.captured_call import captured_call
@@ -28,6 +28,7 @@ from psgrad.recorder import Consumer, Recorder
 from psgrad.region import Region, first_rows
 from psgrad.shadow import shadow_forward, unshadow_forward
 from psgrad.survey import Layer, layers_of, refuse_mixing, refuse_model
+from psgrad.trial import other_number_of_samples, without_trace
 
 __all__ = ["Capture", "Consumer"]
 
@@ -138,28 +139,15 @@ class Capture:
     def _learn(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
         """Run another number of samples: what does not grow with it is not the batch, whatever its size.
 
-        Without it, a sequence as long as the batch would pass for the batch. Random numbers and buffers
-        are put back.
+        Without it, a sequence as long as the batch would pass for the batch.
         """
-        samples = 3 if rows == 2 * self._rows_per_sample else 2
-        some = torch.arange(samples * self._rows_per_sample) % rows
-
-        def few(t: Any) -> Any:
-            batch = isinstance(t, Tensor) and t.shape[:1] == (rows,)
-            return t.detach()[some.to(t.device)] if batch else t
-
-        buffers = [(b, b.clone()) for b in self._module.buffers()]
-        devices = {p.device.index for p in self._owners if p.is_cuda}
+        (some_args, some_kwargs), some = other_number_of_samples((args, kwargs), rows, self._rows_per_sample)
         self._learning = True
         try:
-            with torch.random.fork_rng(devices):
-                few_args, few_kwargs = tree_map(few, (args, kwargs))
-                self._run_rows(forward, few_args, few_kwargs, len(some))
+            with without_trace(self._module):
+                self._run_rows(forward, some_args, some_kwargs, some)
         finally:
             self._learning = False
-            with torch.no_grad():
-                for b, before in buffers:
-                    b.copy_(before)
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         self._root_rows = rows
