@@ -39,8 +39,10 @@ class Capture:
     Parameters
     ----------
     module
-        Any module. It is changed in one way only: the `forward` of layers with trainable parameters
-        is shadowed on the instance. A copy (`copy.deepcopy`, pickle) is free of the capture.
+        Any module. It is changed in one way only: the `forward` of layers with trainable parameters, and
+        of modules that must run one sample at a time, is shadowed on the instance. A copy
+        (`copy.deepcopy`, pickle) is free of the capture. Its first batch runs once more, in a trial with
+        another number of samples, which tells the axis of the batch from others of its length.
     consumer
         Is told.
     rows_per_sample

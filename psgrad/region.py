@@ -63,7 +63,6 @@ class Region:
         self._linear = linear
         self._anchor = anchor
         self._level: int | None = None  # of the vmap
-        self._outside = False
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._originals: dict[int, nn.Parameter] = {}
         self.samples = 0
@@ -172,12 +171,8 @@ class Region:
         for t in tensors:
             value, axis = _unwrap_batched(t, self._level)
             first.append(t.expand(self.samples, *t.shape) if axis is None else value.movedim(axis, 0))
-        self._outside = True
-        try:
-            with temporarily_pop_interpreter_stack():
-                out = function(*first)
-        finally:
-            self._outside = False
+        with temporarily_pop_interpreter_stack(), torch._C.DisableTorchFunction():
+            out = function(*first)
         return _add_batch_dim(out, 0, self._level)
 
     def _copy(self, p: nn.Parameter) -> Tensor:
@@ -198,7 +193,7 @@ class Region:
 
     def own(self, t: Tensor) -> Tensor:
         """Return every sample's own copy of a tensor: vmap writes no sample's values to a shared one."""
-        if self._outside or is_batchedtensor(t):
+        if is_batchedtensor(t):
             return t
         samples = self.samples
         return self.outside(lambda: t.expand(samples, *t.shape).clone())
@@ -206,7 +201,7 @@ class Region:
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
         """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
         original = self._originals.get(id(weight))
-        if original is None or self._outside:
+        if original is None:
             return F.linear(input, weight, bias)
         known_bias = self._originals.get(id(bias))
         out = self._linear(original, known_bias, input)
@@ -223,8 +218,6 @@ class Region:
     ) -> Tensor:
         """Compute `F.scaled_dot_product_attention`, whose kernels vmap runs sample after sample."""
         compute: Callable[..., Tensor] = F.scaled_dot_product_attention
-        if self._outside:
-            return compute(query, key, value, attn_mask, *args, **kwargs)
 
         def all_samples(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
             # N..HLE -> (N..)HLE, the rank the kernels ask for

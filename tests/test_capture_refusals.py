@@ -165,3 +165,26 @@ def test_learning_the_batch_axis_leaves_no_trace():
     torch.testing.assert_close(out, plain, rtol=0, atol=0)
     for buffer, other in zip(model.buffers(), copied.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, rtol=0, atol=0)
+
+
+def test_a_layer_in_a_vmap_of_the_models_own_is_a_clear_error():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.vmap(self.linear)(x * self.scale)
+
+    model = nn.Sequential(Mapped())
+    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"0 \(Mapped\).*vmap inside"):
+        model(torch.randn(4, 3))
+
+
+def test_a_parameter_replaced_after_attaching_is_named():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with PerSampleGrads(model):
+        model[0].bias = nn.Parameter(torch.zeros(3))
+        with pytest.raises(CaptureError, match=r"0\.bias"):
+            model(torch.randn(2, 3))
