@@ -10,6 +10,7 @@ from psgrad.errors import (
     StrategyError,
 )
 from psgrad.grad_norms import GradNorms
+from psgrad.independence import check_rows_independent
 from psgrad.per_sample import PerSampleGrads
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "RefusedModelError",
     "ShapeError",
     "StrategyError",
+    "check_rows_independent",
     "clip_per_sample",
 ]

@@ -8,6 +8,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = ["why_samples_mix"]
 
+ALONG_AN_AXIS = (nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.CosineSimilarity)
+"""Layers that put everything along their `dim` together."""
+
 
 def why_samples_mix(module: nn.Module) -> str | None:
     """Why this module, in its present mode, makes rows of a batch depend on each other, and what to do.
@@ -28,4 +31,6 @@ def why_samples_mix(module: nn.Module) -> str | None:
             "normalises each sample with the statistics of the whole batch; use GroupNorm "
             "(opacus.validators.ModuleValidator.fix replaces it), or keep the layer in eval() mode"
         )
+    if isinstance(module, ALONG_AN_AXIS) and module.dim == 0:
+        return "works along axis 0, the batch; use another dim, or the function where axis 0 is no batch"
     return None

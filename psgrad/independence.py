@@ -1,0 +1,162 @@
+"""Whether the samples of a batch stay apart in a module: change some, see whether others' results move.
+
+The list of types in `psgrad.layers.mixing` is asked on every forward pass; this check costs a few passes of
+its own and knows no types, so that it also finds what a custom module does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from psgrad.errors import ConfigError, RefusedModelError, ShapeError
+from psgrad.watch import Watch
+
+__all__ = ["check_rows_independent"]
+
+SEED = 0
+
+
+def check_rows_independent(module: nn.Module, *inputs: Any, rows_per_sample: int = 1) -> None:
+    """Make sure that no sample's result depends on another sample, in the module's present mode.
+
+    Parameters
+    ----------
+    module
+        Any module that `module(*inputs)` runs.
+    inputs
+        A batch of N >= 2 samples, small but like the real ones: tensors, or containers of tensors, with the
+        batch in axis 0. Tensors with another number of rows than the first are taken to be shared.
+    rows_per_sample
+        K, the consecutive rows of the batch that make one sample.
+
+    Guarantees
+    ----------
+    Every ordered pair of samples is tried, in `2 ceil(log2 N)` forward passes without gradients beside two
+    unchanged ones. Each submodule's outputs and buffers are looked at, so that nothing hides behind a
+    head of zeros. A result has moved if it differs by more than two unchanged passes do, on most devices
+    by a bit. Not seen is what these inputs do not reach (a branch not taken), and state outside of
+    buffers. Random numbers drawn by need (`nn.RReLU`: one a negative entry) are taken for mixing.
+    Buffers, parameters, training flags and torch's random state are given back as they were.
+    Memory: a copy of the module's state and of every submodule's inputs and outputs.
+
+    Raises
+    ------
+    RefusedModelError
+        If samples are mixed. Names the submodule that ended first of those that were given unmixed
+        inputs and returned mixed outputs, or whose buffers take in what they see, and what to use.
+    ShapeError
+        If the inputs are no batch of at least two samples.
+    ConfigError
+        If the check would say nothing: inputs that cannot be changed (integers that are all alike), lazy
+        layers, or results that differ between two unchanged passes with the same seed.
+
+    """
+    samples = _samples(inputs, rows_per_sample)
+    if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+        raise ConfigError("the module has lazy parameters without a shape: run it on a batch first")
+    rows = samples * rows_per_sample
+    with torch.random.fork_rng(_cuda_devices(module, inputs)), torch.no_grad(), _given_back(module) as reset:
+        torch.manual_seed(SEED)
+        others = tree_map(lambda leaf: _other_values(leaf) if _has_rows(leaf, rows) else leaf, inputs)
+        watch = Watch(module)
+        reset()
+        watch.run(inputs)
+        reset()
+        watch.run(inputs, changed=torch.zeros(samples, dtype=torch.bool))
+        watch.settle_noise()
+        for changed in _halves(samples):
+            mask = changed.repeat_interleave(rows_per_sample)
+            mixed = tree_map(
+                lambda old, new, m=mask: _where(m, new, old) if _has_rows(old, rows) else old, inputs, others
+            )
+            reset()
+            watch.run(mixed, changed)
+    for call in watch.calls:
+        if why := call.why_mixed():
+            raise RefusedModelError(f"{call}: {why}")
+
+
+def _samples(inputs: tuple[Any, ...], rows_per_sample: int) -> int:
+    rows = next((t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), 0)
+    if rows_per_sample < 1 or rows % rows_per_sample or rows < 2 * rows_per_sample:
+        raise ShapeError(
+            f"the check needs a batch of at least two samples; got {rows} rows with "
+            f"rows_per_sample={rows_per_sample}"
+        )
+    return rows // rows_per_sample
+
+
+def _has_rows(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,)
+
+
+def _other_values(t: Tensor) -> Tensor:
+    """Values from the range of t (a logarithm or an embedding goes on working) that differ everywhere.
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+
+    """
+    if t.dtype == torch.bool or not t.numel():
+        return ~t if t.dtype == torch.bool else t
+    low, high = t.min(), t.max()
+    if t.is_floating_point():
+        spread = torch.where(low == high, torch.ones_like(low), high - low)
+        return low + spread * torch.rand_like(t)
+    if low == high:
+        raise ConfigError(
+            f"all entries of a {t.dtype} input {tuple(t.shape)} are alike: give it other values"
+        )
+    width = int(high - low) + 1
+    return low + (t - low + torch.randint_like(t, 1, width)) % width
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.to(old.device).reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+
+def _halves(samples: int) -> Iterator[Tensor]:
+    """Masks `[N]` such that of any two samples each is in one mask without the other."""
+    for bit in range((samples - 1).bit_length()):
+        ones = (torch.arange(samples) >> bit & 1).bool()
+        yield ones
+        yield ~ones
+
+
+def _cuda_devices(module: nn.Module, inputs: Any) -> list[int]:
+    tensors = [*module.parameters(), *module.buffers(), *tree_leaves(inputs)]
+    found = {t.device.index for t in tensors if isinstance(t, Tensor) and t.is_cuda}
+    return sorted(index for index in found if index is not None)
+
+
+@contextmanager
+def _given_back(module: nn.Module) -> Iterator[Any]:
+    """Give back parameters, buffers and training flags; yields what restores them, and torch's seed."""
+    flags = [(m, m.training) for m in module.modules()]
+    places = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    values = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+
+    def reset() -> None:
+        torch.manual_seed(SEED)
+        for buffers, before in places:
+            buffers.clear()
+            buffers.update(before)
+        for t, value in values:
+            if not torch.equal(t, value):  # a graph that waits for its backward needs t untouched
+                t.detach().copy_(value)
+        for m, training in flags:
+            m.training = training
+
+    try:
+        yield reset
+    finally:
+        reset()
