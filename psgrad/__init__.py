@@ -1,6 +1,6 @@
 """psgrad: per-sample gradients in PyTorch, exact and fast, convolutions first."""
 
-from psgrad.clipping import ClipPerSample, ClipResult, clip_per_sample
+from psgrad.clipping import ClipPerSample, ClipResult, check_loss_reduction, clip_per_sample
 from psgrad.errors import (
     CaptureError,
     ConfigError,
@@ -24,6 +24,7 @@ __all__ = [
     "RefusedModelError",
     "ShapeError",
     "StrategyError",
+    "check_loss_reduction",
     "check_rows_independent",
     "clip_per_sample",
 ]

@@ -50,6 +50,7 @@ class GradNorms:
     ) -> None:
         self._reduction = checked_reduction(loss_reduction)
         self._held = Held()
+        self._squared_sum: Tensor | None = None
         self._per_layer: dict[str, Tensor] | None = None
         self._capture = Capture(module, self, rows_per_sample)
 
@@ -70,7 +71,7 @@ class GradNorms:
     @property
     def norms(self) -> Tensor:
         """Norms `[N]` over all trainable parameters, of the last backward pass; errors as `per_layer`."""
-        return total_norms(self.per_layer)
+        return total_norms(norms.square() for norms in self.per_layer.values())
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
@@ -80,7 +81,9 @@ class GradNorms:
         """Publish the norms; part of `backward`."""
         scale = samples if self._reduction == "mean" else 1
         self._per_layer = {path: norms * scale for path, norms in self._held.per_layer().items()}
-        self._held.release(None)
+        self._squared_sum = self._held.release_all() / (
+            1 if self._reduction == "mean" else max(1, samples) ** 2
+        )
 
     def abandon(self) -> None:
         """Drop what an unfinished backward pass left."""

@@ -7,10 +7,13 @@ layer's rule says which.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from psgrad.contribution import Contribution, KeptGrads, PerParameter
+from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
 
 __all__ = ["Held", "total_norms"]
@@ -51,25 +54,49 @@ class Held:
                 sums[path] = sums[path] + sq_norm if path in sums else sq_norm
         return {path: total.sqrt() for path, total in sums.items()}
 
-    def release(self, factors: Tensor | None) -> None:
-        """Add `sum_n factors[n] * grads[n]` to every parameter's `.grad`, and hold nothing any more.
+    def sq_norms(self) -> PerParameter:
+        """Squared norms `[N]` of every parameter that contributed; float32 at least."""
+        return {p: sq_norm for _, sq_norms in self._held for p, sq_norm in sq_norms.items()}
 
-        Without factors it is the plain sum, also of what is not finite.
+    def release(self, factors: PerParameter) -> None:
+        """Add `sum_n factors[p][n] * grads[p][n]` to every parameter's `.grad`, and hold nothing any more.
+
+        `factors` is `[N]` for every parameter; parameters that are clipped together share one tensor.
         """
         held = self._held
         self.clear()
         for contribution, _ in held:
-            if factors is None:
-                factors = torch.ones(contribution.samples, device=contribution.parameters[0].device)
-            for p, total in contribution.weighted_sum(factors).items():
-                accumulate(p, total)
+            for shared in {id(f): f for f in map(factors.__getitem__, contribution.parameters)}.values():
+                for p, added in contribution.weighted_sum(shared).items():
+                    if factors[p] is shared:
+                        accumulate(p, added)
+
+    def release_all(self) -> Tensor:
+        """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
+
+        Returns
+        -------
+        Tensor
+            The squared norm of all that was added, a scalar.
+
+        """
+        held = self._held
+        self.clear()
+        norms: list[Tensor] = []
+        for contribution, sq_norms in held:
+            ones = torch.ones(contribution.samples, device=contribution.parameters[0].device)
+            for p, added in contribution.weighted_sum(ones).items():
+                accumulate(p, added)
+                norms.append(squared_norms(added.reshape(1, -1)).to(sq_norms[p].dtype))
+        return torch.cat(norms).sum()
 
     def clear(self) -> None:
         """Hold nothing."""
         self._held, self._where = [], {}
 
 
-def total_norms(per_layer: dict[str, Tensor]) -> Tensor:
-    """Norms `[N]` over all layers, float64 if one of them is."""
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in per_layer.values()) else torch.float32
-    return torch.stack([n.to(dtype).square() for n in per_layer.values()]).sum(0).sqrt()
+def total_norms(sq_norms: Iterable[Tensor]) -> Tensor:
+    """Norms `[N]` from squared norms `[N]`, float64 if one of them is."""
+    each = list(sq_norms)
+    dtype = torch.float64 if any(n.dtype == torch.float64 for n in each) else torch.float32
+    return torch.stack([n.to(dtype) for n in each]).sum(0).sqrt()

@@ -85,7 +85,9 @@ class PrivateOptimizer:
 
     def step(self) -> None:
         """Make the noisy step that the gradients in `.grad` call for, and clear them."""
-        add_gaussian_noise(self.parameters, self.noise_multiplier, self.clip.max_norm, self.generator)
+        sigma = self.clip.style.gradient_noise_multiplier(self.noise_multiplier)
+        gathered = self.clip.take(self.generator)
+        add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None
             p.grad /= self.expected_batch_size

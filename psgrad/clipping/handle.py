@@ -1,0 +1,243 @@
+"""`clip_per_sample`: after an ordinary `backward`, `p.grad` holds the sum of clipped gradients.
+
+A norm over several layers is known only when backward has reached them all; `psgrad.held` holds the layers
+in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.capture import Capture
+from psgrad.clipping.result import ClipResult, Gathered
+from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
+from psgrad.clipping.table import as_style
+from psgrad.contribution import Contribution, PerParameter
+from psgrad.errors import ConfigError
+from psgrad.held import Held, total_norms
+from psgrad.per_sample import LossReduction, checked_reduction
+
+__all__ = ["ClipPerSample", "clip_per_sample"]
+
+
+class ClipPerSample:
+    """The handle that `clip_per_sample` returns.
+
+    `.result` is of the last backward pass; `.take()` ends a logical step of one or more of them.
+    """
+
+    def __init__(
+        self, module: nn.Module, style: ClippingStyle, loss_reduction: LossReduction, rows_per_sample: int
+    ) -> None:
+        self.loss_reduction = checked_reduction(loss_reduction)
+        self._result: ClipResult | None = None
+        self._held = Held()
+        self._capture = Capture(module, self, rows_per_sample)
+        try:
+            self._use(style)
+        except ConfigError:
+            self.remove()
+            raise
+
+    def _use(self, style: ClippingStyle) -> None:
+        self._groups: tuple[Group, ...] = style.groups(list(self.trainable))
+        self.style = style
+        self._gathered = Gathered.nothing(self.l2_bound)
+        self._unclipped = torch.tensor(0.0)
+
+    @property
+    def l2_bound(self) -> float:
+        """The most that one sample can change the clipped sum of the present logical step by, in L2 norm."""
+        return l2_bound(self._groups)
+
+    @property
+    def result(self) -> ClipResult:
+        """Norms and factors of the last backward pass.
+
+        Raises
+        ------
+        ConfigError
+            If there was none.
+
+        """
+        if self._result is None:
+            raise ConfigError("no backward pass has been clipped yet")
+        return self._result
+
+    @property
+    def gathered(self) -> Gathered:
+        """What the backward passes since the last `take()` have put into `.grad`."""
+        return self._gathered
+
+    def take(self, generator: torch.Generator | None = None) -> Gathered:
+        """End the logical step: return what was gathered, and start the next.
+
+        Call it once per step of the optimizer, whether there was a backward pass or not; an adaptive style
+        moves its bound here, after the step that used it.
+
+        Parameters
+        ----------
+        generator
+            For the noise of an adaptive style's count, on the CPU or the model's device.
+
+        Returns
+        -------
+        Gathered
+            With the bound that the gathered sum has. Zero backward passes: `.grad` holds nothing bounded.
+
+        Raises
+        ------
+        ConfigError
+            If the style needs noise and there is no generator; nothing is taken then.
+
+        """
+        following = self.style.after_step(self._unclipped, generator)
+        gathered = self._gathered
+        self._use(following)
+        return gathered
+
+    def add(self, contribution: Contribution) -> None:
+        """Take one layer's contribution; part of `backward`."""
+        self._held.add(contribution)
+
+    def finish(self, samples: int) -> None:
+        """Clip and publish; part of `backward`."""
+        sq_norms = self._held.sq_norms()
+        # The norm of the sample's own gradient: under "mean", backward saw 1/N of it.
+        scale = samples if self.loss_reduction == "mean" else 1
+        norms = total_norms(sq_norms.values()) * scale
+        group_norms = self._group_norms(sq_norms, norms, scale)
+        group_factors, factors_of = self._factors(group_norms, norms.isfinite())
+        self._held.release(factors_of)
+        factors = torch.stack(list(group_factors.values())).amin(0) if group_factors else norms
+        self._result = ClipResult(norms, factors, self.l2_bound, group_norms, group_factors)
+        self._count(self._result)
+
+    def _group_norms(self, sq_norms: PerParameter, norms: Tensor, scale: int) -> dict[str, Tensor]:
+        if len(self._groups) == 1:
+            return {self._groups[0].path: norms}
+        trainable = self.trainable
+        found = {}
+        for group in self._groups:
+            members = [sq_norms[p] for name in group.names if (p := trainable[name]) in sq_norms]
+            if members:
+                found[group.path] = total_norms(members) * scale
+        return found
+
+    def _factors(self, norms: dict[str, Tensor], finite: Tensor) -> tuple[dict[str, Tensor], PerParameter]:
+        """Return the factors by group and by parameter; a sample that is not finite has 0 in all."""
+        trainable = self.trainable
+        by_group: dict[str, Tensor] = {}
+        by_parameter: PerParameter = {}
+        for group in self._groups:
+            if group.path in norms:
+                factors = self.style.factors(norms[group.path], group.max_norm)
+                by_group[group.path] = factors = torch.where(finite, factors, torch.zeros_like(factors))
+                by_parameter |= {trainable[name]: factors for name in group.names}
+        return by_group, by_parameter
+
+    def _count(self, result: ClipResult) -> None:
+        norms, so_far = result.norms, self._gathered
+        within = result.factors.ge(1) & norms.isfinite()
+        self._unclipped = self._unclipped.to(norms.device) + (within.double() - 0.5).sum()
+        self._gathered = replace(
+            so_far,
+            backward_passes=so_far.backward_passes + 1,
+            samples=so_far.samples + len(norms),
+            non_finite=so_far.non_finite.to(norms.device) + result.non_finite.sum(),
+        )
+
+    def abandon(self) -> None:
+        """Drop what an unfinished backward pass left."""
+        self._held.clear()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters that are clipped, by path."""
+        return self._capture.trainable
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, between logical steps: the bound in force."""
+        return {"max_norm": self.style.max_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the bound that `state_dict` told; a step half gathered is forgotten.
+
+        Raises
+        ------
+        ConfigError
+            If the state holds no bound, or one that the style does not take.
+
+        """
+        if "max_norm" not in state:
+            raise ConfigError("this state has no max_norm: the bound in force would be forgotten")
+        self._use(replace(self.style, max_norm=state["max_norm"]))  # type: ignore[type-var]  # a dataclass
+
+    def remove(self) -> None:
+        """Detach from the module."""
+        self._capture.remove()
+
+    def __enter__(self) -> ClipPerSample:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def clip_per_sample(
+    module: nn.Module,
+    max_norm: float | Mapping[str, float] | ClippingStyle,
+    loss_reduction: LossReduction = "mean",
+    *,
+    style: str | None = None,
+    rows_per_sample: int = 1,
+) -> ClipPerSample:
+    """Clip every sample's gradient during `backward`, for any training loop.
+
+    Parameters
+    ----------
+    module
+        The model.
+    max_norm
+        C > 0, the largest L2 norm that a sample's gradient over all trainable parameters keeps; a longer
+        one is scaled down to it. With inf, `p.grad` is the ordinary gradient. By path of modules for the
+        style "per_layer". Or a style with its settings: `Automatic(1.0, gamma=0.1)`.
+    loss_reduction
+        How the loss combines the batch, "mean" or "sum" (`check_loss_reduction` tells). Norms are always
+        those of a sample's own loss.
+    style
+        A name in `psgrad.clipping.STYLES`: "flat" (the default), "per_layer", "automatic", "adaptive".
+        For norms without clipping there is `GradNorms`.
+    rows_per_sample
+        K, the consecutive rows of the batch that make one sample.
+
+    Returns
+    -------
+    ClipPerSample
+        A handle and context manager: `.result`, `.l2_bound`, `.take()`, `.remove()`.
+
+    Guarantees
+    ----------
+    When `backward` returns, `p.grad` of every trainable parameter has grown by the clipped sum under
+    "sum", by the clipped sum over N under "mean". One sample, added or removed, changes the clipped sum by
+    at most `.l2_bound`, also when several backward passes add up to it. A sample whose gradient is not
+    finite contributes nothing and is reported in `.result.non_finite`. A parameter that is used several
+    times is clipped by the norm of the sum of its uses.
+
+    Raises
+    ------
+    ConfigError
+        If the style, max_norm or loss_reduction is unknown or out of range.
+    RefusedModelError
+        If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
+
+    """
+    return ClipPerSample(module, as_style(max_norm, style), loss_reduction, rows_per_sample)
