@@ -1,0 +1,1 @@
+"""psgrad inside of other libraries."""
