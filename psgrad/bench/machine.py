@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["describe"]
 
-PACKAGES = ("psgrad", "torch", "opacus")
+PACKAGES = ("psgrad", "torch", "torchvision", "opacus", "backpack-for-pytorch")
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
