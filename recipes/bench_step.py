@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     # What the peers say once a layer; a layer that BackPACK does not know is in the report.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", message="Extension saving to grad_batch does not have")
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # of vmap, seen in its numbers
 
     results: list[StepResult] = []
     searched: dict[tuple[str, str], int | None] = {}

@@ -83,8 +83,9 @@ def test_a_contender_that_is_none_is_refused() -> None:
         bench_step.main(["--contenders", "opaque"])
 
 
-def test_the_committed_configuration_and_the_quick_cases_are_possible() -> None:
-    settings = from_command_line(BenchStep, bench_step.DEFAULT, [])
+@pytest.mark.parametrize("name", ["bench_step", "bench_step_sweep"])
+def test_the_committed_configurations_and_the_quick_cases_are_possible(name: str) -> None:
+    settings = from_command_line(BenchStep, bench_step.DEFAULT.with_stem(name), [])
     for case in (*settings.cases, *bench_step.QUICK):
         bench_step.parse_case(case)
     assert bench_step.chosen(settings.contenders) == STEPPERS
