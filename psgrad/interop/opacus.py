@@ -20,6 +20,7 @@ from opacus.grad_sample import (
 )
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from psgrad.contribution import Contribution, LayerUse
 from psgrad.errors import ConfigError, ShapeError
@@ -186,11 +187,15 @@ def _rearrange(self: Any, *, module: nn.Module, batch_first: bool, **others: Any
 
 @wraps(_opacus_backward)
 def _clipped_backward(self: Any) -> None:
-    # The sharded variants keep their parameters' gradients elsewhere.
-    plain = (GradSampleHooksFastGradientClipping, GradSampleModuleFastGradientClipping)
-    if type(self.module) not in plain or self.loss_reduction not in ("mean", "sum"):
-        return _opacus_backward(self)
+    # The sharded variants keep their parameters' gradients elsewhere, and DDP waits for autograd's.
     engine, losses = self.module, self.loss_per_sample
+    plain = (GradSampleHooksFastGradientClipping, GradSampleModuleFastGradientClipping)
+    if (
+        type(engine) not in plain
+        or isinstance(engine._module, DistributedDataParallel)
+        or self.loss_reduction not in ("mean", "sum")
+    ):
+        return _opacus_backward(self)
     held: list[Contribution] = []
     layers = [layer for layer in engine._module.modules() if type(layer) in _replaced]
     _holding.update(dict.fromkeys(layers, held))

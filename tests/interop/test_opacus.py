@@ -1,6 +1,8 @@
 """psgrad inside of Opacus, against the loop over samples; and that uninstalling leaves no trace."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -405,4 +407,11 @@ def test_what_others_registered_meanwhile_stays():
 def test_a_layer_that_psgrad_does_not_take_over_is_refused():
     with pytest.raises(ConfigError, match="not Embedding, BatchNorm2d"):
         opacus.install([nn.Conv2d, nn.Embedding, nn.BatchNorm2d])
+    assert not opacus.installed()
+
+
+def test_the_example_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "opacus.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "docs/opacus.md", "exec"), {"__name__": "__main__"})
     assert not opacus.installed()
