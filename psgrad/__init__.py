@@ -4,6 +4,7 @@ from psgrad.clipping import ClipPerSample, ClipResult, check_loss_reduction, cli
 from psgrad.errors import (
     CaptureError,
     ConfigError,
+    MemberError,
     PsgradError,
     RefusedModelError,
     ShapeError,
@@ -19,6 +20,7 @@ __all__ = [
     "ClipResult",
     "ConfigError",
     "GradNorms",
+    "MemberError",
     "PerSampleGrads",
     "PsgradError",
     "RefusedModelError",

@@ -3,6 +3,7 @@
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "MemberError",
     "PsgradError",
     "RefusedModelError",
     "ShapeError",
@@ -32,3 +33,7 @@ class CaptureError(PsgradError, RuntimeError):
 
 class ConfigError(PsgradError, ValueError):
     """A setting that is unknown or out of range; names the key."""
+
+
+class MemberError(PsgradError, ValueError):
+    """Modules that cannot be the members of one ensemble; names the members and what differs."""

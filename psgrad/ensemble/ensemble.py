@@ -1,0 +1,250 @@
+"""`Ensemble`: K models of one architecture as one module, each exactly as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.ensemble.loop import call_members, loop_members, stacked_results
+from psgrad.ensemble.members import member_of, stack_members, tensors_of
+from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
+from psgrad.ensemble.randomness import MemberRandomness, given_back
+from psgrad.errors import ConfigError, MemberError, ShapeError
+
+__all__ = ["Ensemble"]
+
+
+class Ensemble(nn.Module):
+    """K models of one architecture, fitted at once.
+
+    `parameters()` are ordinary ones, every member's `[...]` stacked to `[K, ...]`, under the member's names
+    behind the prefix `stacked.`; so are the buffers. Sum the losses to train, never take their mean: then
+    every member's gradient is its own.
+
+    Build one with `from_factory` or `from_modules`.
+
+    Attributes
+    ----------
+    stacked
+        A module of the members' class that holds the stacked parameters and buffers. It is not to be
+        called itself.
+
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], randomness: MemberRandomness) -> None:
+        super().__init__()
+        self.stacked = stack_members(modules)
+        self._randomness = randomness
+        self.training = self.stacked.training
+
+    @classmethod
+    def from_factory(cls, fn: Callable[[], nn.Module], seeds: Sequence[int] = range(8)) -> Ensemble:
+        """Member k is what `fn()` builds under `torch.manual_seed(seeds[k])`.
+
+        Guarantees
+        ----------
+        The global random state is given back. Member k's random stream (dropout) goes on where building it
+        ended: it draws what `torch.manual_seed(seed); model = fn()` and training that model would draw, if
+        nothing else draws from the global CPU stream in between.
+
+        Raises
+        ------
+        MemberError
+            If two seeds are equal, or what `fn` builds does not fit together (see `check_members`).
+
+        """
+        seeds = [int(seed) for seed in seeds]
+        if len(set(seeds)) != len(seeds):
+            raise MemberError(f"seeds must differ, or members are the same model, got {seeds}")
+        modules, states = [], []
+        with given_back():
+            for seed in seeds:
+                torch.manual_seed(seed)
+                modules.append(fn())
+                states.append(torch.get_rng_state())
+        return cls(modules, MemberRandomness(states))
+
+    @classmethod
+    def from_modules(cls, modules: Sequence[nn.Module], seeds: Sequence[int] | None = None) -> Ensemble:
+        """Members are copies of these modules, bitwise; the modules themselves stay untouched.
+
+        Member k's random stream (dropout) begins as after `torch.manual_seed(seeds[k])`, k without seeds.
+
+        Raises
+        ------
+        MemberError
+            If the modules do not fit together (see `check_members`), or seeds are not one a member.
+
+        """
+        modules = list(modules)
+        seeds = list(range(len(modules)) if seeds is None else seeds)
+        if len(seeds) != len(modules):
+            raise MemberError(f"{len(seeds)} seeds for {len(modules)} modules")
+        return cls(modules, MemberRandomness.of_seeds(seeds))
+
+    @property
+    def members(self) -> int:
+        """K, the number of members."""
+        return len(self._randomness.generators)
+
+    def member(self, k: int) -> nn.Module:
+        """Return member k as a plain module of its own class, bitwise the same weights and buffers.
+
+        Raises
+        ------
+        IndexError
+            If there is no such member.
+
+        """
+        if not -self.members <= k < self.members:
+            raise IndexError(f"member {k} of {self.members}")
+        return member_of(self.stacked, k)
+
+    def forward(self, *inputs: Any, own: bool = False) -> Any:
+        """Every member's output, `[K, N, ...]`.
+
+        Parameters
+        ----------
+        *inputs
+            The member's positional arguments. Tensors are `[N, ...]`, the same for all members; with `own`
+            `[K, N, ...]`, every member its own. What is no tensor goes to every member.
+        own
+            Whether the tensors have the member axis in front. Never guessed from a shape.
+
+        Returns
+        -------
+        Tensor, or the tree of tensors that a member returns
+            Each with K in front.
+
+        Raises
+        ------
+        ShapeError
+            If `own` and a tensor's first axis is not K.
+
+        """
+        self._check_own(inputs, own)
+        results = call_members(
+            self.stacked,
+            self.members,
+            lambda k: (tuple(_part(value, k) if own else value for value in inputs), {}),
+            self._randomness,
+        )
+        return stacked_results(results)
+
+    def own(self, *inputs: Any) -> Any:
+        """Every member's output on its own data: `ens(*inputs, own=True)`."""
+        return self(*inputs, own=True)
+
+    def loss(self, fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, own: bool = False) -> Tensor:
+        """Every member's loss, `[K]`; `.sum().backward()` gives every member its own gradient.
+
+        Parameters
+        ----------
+        fn
+            From a member's output `[N, ...]` and its targets `[N, ...]` to a scalar.
+        x
+            Input, `[N, ...]`, or with `own` `[K, N, ...]`; a tuple for a member with several.
+        y
+            Targets, `[N, ...]`, or with `own` `[K, N, ...]`.
+        own
+            Whether x and y have the member axis in front.
+
+        Raises
+        ------
+        ShapeError
+            If `fn` does not return a scalar, or as for `forward`.
+
+        """
+        inputs = x if isinstance(x, tuple) else (x,)
+        self._check_own((y,), own)
+        outputs = self(*inputs, own=own)
+        losses = loop_members(
+            lambda k: fn(_part(outputs, k), _part(y, k) if own else y), self.members, self._randomness
+        )
+        if losses[0].ndim:
+            raise ShapeError(f"the loss must be a scalar, a member's is {tuple(losses[0].shape)}")
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def predict(self, *inputs: Any, own: bool = False, link: str = "softmax") -> Prediction:
+        """Predict in eval mode and without gradients; the mode is given back.
+
+        Parameters
+        ----------
+        *inputs, own
+            As for `forward`.
+        link
+            "softmax" for logits `[N, classes, ...]`, "identity" for values.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such link.
+
+        """
+        if link not in ("softmax", "identity"):
+            raise ConfigError(f'link must be "softmax" or "identity", got {link!r}')
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            outputs = self(*inputs, own=own)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return predicted_classes(outputs) if link == "softmax" else predicted_values(outputs)
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop every member but these, in this order; parameters stay the same objects.
+
+        Gradients, buffers and random streams follow. An optimizer's state does not: `psgrad.ensemble`'s own
+        optimizers have a `keep` too.
+
+        Raises
+        ------
+        MemberError
+            If there is none, one stands twice or does not exist.
+
+        """
+        kept = [int(index) for index in indices]
+        if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
+            raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
+        for tensor in tensors_of(self.stacked).values():
+            grad = tensor.grad
+            tensor.grad = None
+            tensor.data = tensor.data[kept]
+            tensor.grad = None if grad is None else grad[kept]
+        self._randomness = MemberRandomness([self._randomness.states[k] for k in kept])
+
+    def get_extra_state(self) -> Tensor:
+        """`[K, bytes]`: the members' random states, part of `state_dict`."""
+        return self._randomness.states
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the members' random streams from a `state_dict`.
+
+        Raises
+        ------
+        MemberError
+            If it is of another number of members.
+
+        """
+        if len(state) != self.members:
+            raise MemberError(f"the state is of {len(state)} members, the ensemble has {self.members}")
+        self._randomness = MemberRandomness(list(state.cpu()))
+
+    def _check_own(self, inputs: Sequence[Any], own: bool) -> None:
+        if not isinstance(own, bool):
+            raise ConfigError(f"own must be True or False, got {own!r}")
+        for value in inputs:
+            if own and isinstance(value, Tensor) and (not value.ndim or value.shape[0] != self.members):
+                raise ShapeError(
+                    f"own data of {self.members} members is [K, N, ...] with K = {self.members}, got"
+                    f" {tuple(value.shape)}. Data that all members share goes without own."
+                )
+
+
+def _part(value: Any, k: int) -> Any:
+    return value[k] if isinstance(value, Tensor) else value

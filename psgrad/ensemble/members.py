@@ -1,0 +1,156 @@
+"""Modules to one module with stacked parameters and back, and what members must have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.errors import MemberError
+
+__all__ = ["check_members", "member_of", "stack_members", "tensors_of"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by path; a tied one once, under its first path."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def stack_members(modules: Sequence[nn.Module]) -> nn.Module:
+    """One module of the members' class whose parameters and buffers are `[K, ...]`; shares no storage.
+
+    A parameter that a member uses under several names is one stacked parameter under these names.
+
+    Raises
+    ------
+    MemberError
+        As `check_members`.
+
+    """
+    check_members(modules)
+    tensors = [tensors_of(module) for module in modules]
+    memo: dict[int, Any] = {}
+    for path, first in tensors[0].items():
+        stacked = torch.stack([member[path].detach() for member in tensors])
+        is_parameter = isinstance(first, nn.Parameter)
+        memo[id(first)] = (
+            nn.Parameter(stacked, requires_grad=first.requires_grad) if is_parameter else stacked
+        )
+    return copy.deepcopy(modules[0], memo)
+
+
+def member_of(stacked: nn.Module, k: int) -> nn.Module:
+    """Member k as a module of its own: its class, its weights and buffers, no shared storage."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(stacked).values():
+        own = tensor.detach()[k].clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+    return copy.deepcopy(stacked, memo)
+
+
+def check_members(modules: Sequence[nn.Module]) -> None:
+    """Refuse modules that are not K separate modules alike in all but the values of their tensors.
+
+    Raises
+    ------
+    MemberError
+        If there is none, one stands twice, a parameter is shared, or structure, settings, shapes, dtypes,
+        devices, ties, what is frozen, or train and eval mode differ; the message names the members.
+
+    """
+    if not modules:
+        raise MemberError("an ensemble needs at least one member")
+    owners: dict[int, tuple[int, str]] = {}
+    for k, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise MemberError(f"member {k} is a {type(module).__name__}, not an nn.Module")
+        for path, parameter in module.named_parameters():
+            other, other_path = owners.setdefault(id(parameter), (k, path))
+            if other != k:
+                raise MemberError(
+                    f"the parameter {path} of member {k} is {other_path} of member {other}: members share"
+                    " nothing. Build every member anew, or copy.deepcopy it."
+                )
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise MemberError(
+                    f"the parameter {path} of member {k} has no shape yet: run the lazy module once before"
+                )
+    for k, module in enumerate(modules[1:], 1):
+        _check_alike(modules[0], module, k)
+
+
+def _check_alike(first: nn.Module, other: nn.Module, k: int) -> None:
+    for what, of in _FACTS:
+        ours, theirs = of(first), of(other)
+        for path in [*ours, *(path for path in theirs if path not in ours)]:
+            a, b = ours.get(path, "absent"), theirs.get(path, "absent")
+            if not _same(a, b):
+                raise MemberError(
+                    f"members 0 and {k} differ in {what} of {path or 'the module itself'}: {a} and {b}."
+                    " Members of one ensemble are alike in all but the values of their tensors."
+                )
+
+
+def _classes(module: nn.Module) -> dict[str, Any]:
+    return {path: type(m) for path, m in module.named_modules(remove_duplicate=False)}
+
+
+def _modes(module: nn.Module) -> dict[str, Any]:
+    return {path: "train" if m.training else "eval" for path, m in module.named_modules()}
+
+
+def _kinds(module: nn.Module) -> dict[str, Any]:
+    return {
+        path: f"{tuple(t.shape)} {t.dtype} {t.device}{'' if t.requires_grad else ' without gradient'}"
+        for path, t in _all_names(module)
+    }
+
+
+def _ties(module: nn.Module) -> dict[str, Any]:
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(t), path) for path, t in _all_names(module)}
+
+
+def _all_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return what modules hold besides parameters, buffers and modules, by path."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, m in module.named_modules()
+        for name, value in vars(m).items()
+        if name != "training" and (name not in nn.Module().__dict__ or "hooks" in name)
+    }
+
+
+_FACTS: tuple[tuple[str, Callable[[nn.Module], dict[str, Any]]], ...] = (
+    ("the class", _classes),
+    ("the shape, dtype, device or gradient", _kinds),
+    ("the tied name", _ties),
+    ("the mode", _modes),
+    ("the setting", _settings),
+)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, FunctionType):
+        return a.__code__ == b.__code__
+    return a == b if isinstance(a, (*_PLAIN, type)) else True
