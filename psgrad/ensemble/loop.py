@@ -17,7 +17,7 @@ __all__ = ["call_members", "loop_members", "stacked_results"]
 
 
 def stacked_results(results: Sequence[Any]) -> Any:
-    """Stack K results alike, tensors or trees of them: `K` times `[...]` to `[K, ...]`; others as they are."""
+    """Stack K results alike, tensors or trees of them, to `[K, ...]`; what is no tensor is the first one."""
     return tree_map(
         lambda *values: torch.stack(values) if isinstance(values[0], Tensor) else values[0], *results
     )
