@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from psgrad.ensemble.loop import call_members, loop_members, stacked_results
+from psgrad.ensemble.execution import Execution
+from psgrad.ensemble.losses import member_losses
 from psgrad.ensemble.members import member_of, stack_members, tensors_of
+from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
 from psgrad.ensemble.randomness import MemberRandomness, given_back
 from psgrad.errors import ConfigError, MemberError, ShapeError
 
-__all__ = ["Ensemble"]
+__all__ = ["Ensemble", "Strategy"]
+
+Strategy = Literal["auto", "folded", "loop"]
 
 
 class Ensemble(nn.Module):
@@ -34,14 +38,21 @@ class Ensemble(nn.Module):
 
     """
 
-    def __init__(self, modules: Sequence[nn.Module], randomness: MemberRandomness) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], randomness: MemberRandomness, strategy: Strategy = "auto"
+    ) -> None:
         super().__init__()
+        if strategy not in get_args(Strategy):
+            raise ConfigError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
         self.stacked = stack_members(modules)
         self._randomness = randomness
+        self._execution = Execution(self.stacked, strategy)
         self.training = self.stacked.training
 
     @classmethod
-    def from_factory(cls, fn: Callable[[], nn.Module], seeds: Sequence[int] = range(8)) -> Ensemble:
+    def from_factory(
+        cls, fn: Callable[[], nn.Module], seeds: Sequence[int] = range(8), *, strategy: Strategy = "auto"
+    ) -> Ensemble:
         """Member k is what `fn()` builds under `torch.manual_seed(seeds[k])`.
 
         Guarantees
@@ -65,10 +76,12 @@ class Ensemble(nn.Module):
                 torch.manual_seed(seed)
                 modules.append(fn())
                 states.append(torch.get_rng_state())
-        return cls(modules, MemberRandomness(states))
+        return cls(modules, MemberRandomness(states), strategy)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Module], seeds: Sequence[int] | None = None) -> Ensemble:
+    def from_modules(
+        cls, modules: Sequence[nn.Module], seeds: Sequence[int] | None = None, *, strategy: Strategy = "auto"
+    ) -> Ensemble:
         """Members are copies of these modules, bitwise; the modules themselves stay untouched.
 
         Member k's random stream (dropout) begins as after `torch.manual_seed(seeds[k])`, k without seeds.
@@ -83,7 +96,7 @@ class Ensemble(nn.Module):
         seeds = list(range(len(modules)) if seeds is None else seeds)
         if len(seeds) != len(modules):
             raise MemberError(f"{len(seeds)} seeds for {len(modules)} modules")
-        return cls(modules, MemberRandomness.of_seeds(seeds))
+        return cls(modules, MemberRandomness.of_seeds(seeds), strategy)
 
     @property
     def members(self) -> int:
@@ -126,13 +139,7 @@ class Ensemble(nn.Module):
 
         """
         self._check_own(inputs, own)
-        results = call_members(
-            self.stacked,
-            self.members,
-            lambda k: (tuple(_part(value, k) if own else value for value in inputs), {}),
-            self._randomness,
-        )
-        return stacked_results(results)
+        return self._execution.run(inputs, own, self.members, self._randomness)
 
     def own(self, *inputs: Any) -> Any:
         """Every member's output on its own data: `ens(*inputs, own=True)`."""
@@ -161,12 +168,7 @@ class Ensemble(nn.Module):
         inputs = x if isinstance(x, tuple) else (x,)
         self._check_own((y,), own)
         outputs = self(*inputs, own=own)
-        losses = loop_members(
-            lambda k: fn(_part(outputs, k), _part(y, k) if own else y), self.members, self._randomness
-        )
-        if losses[0].ndim:
-            raise ShapeError(f"the loss must be a scalar, a member's is {tuple(losses[0].shape)}")
-        return torch.stack(losses)
+        return member_losses(fn, outputs, y, own, self._randomness)
 
     @torch.no_grad()
     def predict(self, *inputs: Any, own: bool = False, link: str = "softmax") -> Prediction:
@@ -195,6 +197,24 @@ class Ensemble(nn.Module):
             for module, mode in modes.items():
                 module.training = mode
         return predicted_classes(outputs) if link == "softmax" else predicted_values(outputs)
+
+    @torch.no_grad()
+    def plan(self, *inputs: Any, own: bool = False) -> EnsemblePlan:
+        """How a call on such inputs runs, layer by layer, and why; `print` it.
+
+        It is found by running it: buffers and random streams are given back.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        states = list(self._randomness.states)
+        try:
+            with torch.enable_grad() if self.training else torch.no_grad():
+                self(*inputs, own=own)
+        finally:
+            for name, buffer in self.named_buffers():
+                buffer.copy_(buffers[name])
+            self._randomness.set_states(states)
+        assert self._execution.last_plan is not None
+        return self._execution.last_plan
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop every member but these, in this order; parameters stay the same objects.
@@ -244,7 +264,3 @@ class Ensemble(nn.Module):
                     f"own data of {self.members} members is [K, N, ...] with K = {self.members}, got"
                     f" {tuple(value.shape)}. Data that all members share goes without own."
                 )
-
-
-def _part(value: Any, k: int) -> Any:
-    return value[k] if isinstance(value, Tensor) else value

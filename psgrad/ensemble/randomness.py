@@ -31,6 +31,10 @@ class MemberRandomness:
 
     def __init__(self, states: Sequence[Tensor]) -> None:
         self.generators = [torch.Generator() for _ in states]
+        self.set_states(states)
+
+    def set_states(self, states: Sequence[Tensor]) -> None:
+        """Put every member's stream to a state."""
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state.clone())  # PyTorch 2.15 reads a view's state from its base
 

@@ -1,0 +1,109 @@
+"""Choose how an ensemble runs, folded or member after member, and check the folded run before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psgrad.ensemble.check import check_against_alone
+from psgrad.ensemble.interpreter import FoldedGraph
+from psgrad.ensemble.loop import call_members, stacked_results
+from psgrad.ensemble.plan import EnsemblePlan, Step
+from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.ensemble.trace import trace_key, trace_member
+from psgrad.ensemble.value import Value
+
+__all__ = ["Execution"]
+
+
+class Execution:
+    """Runs a stacked module; remembers graphs by mode, and what each was found to be.
+
+    Parameters
+    ----------
+    stacked
+        The module with stacked parameters.
+    strategy
+        "auto", "folded" or "loop".
+
+    """
+
+    def __init__(self, stacked: nn.Module, strategy: str) -> None:
+        self.stacked = stacked
+        self.strategy = strategy
+        self._graphs: dict[Hashable, FoldedGraph | str] = {}
+        self._last: EnsemblePlan | None = None
+
+    @property
+    def last_plan(self) -> EnsemblePlan | None:
+        """How the last call ran."""
+        return self._last
+
+    def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
+        """Every member's output, trees of `[K, ...]`."""
+        if self.strategy == "loop":
+            return self._loop(inputs, own, members, randomness, "asked for")
+        if not all(isinstance(value, Tensor) for value in inputs):
+            return self._loop(inputs, own, members, randomness, "an input is no tensor")
+        values = [Value.stacked(x) if own else Value.shared(x, members) for x in inputs]
+        key = (len(inputs), members, trace_key(self.stacked))
+        if key not in self._graphs:
+            graph = trace_member(self.stacked, len(inputs))
+            if isinstance(graph, str):
+                self._graphs[key] = graph
+            else:
+                folded = FoldedGraph(self.stacked, graph, members)
+                return self._first(key, folded, values, inputs, own, randomness)
+        known = self._graphs[key]
+        if isinstance(known, str):
+            return self._loop(inputs, own, members, randomness, known)
+        result = known.run(values, randomness)
+        self._last = EnsemblePlan(members, tuple(known.steps), None)
+        return result
+
+    def _first(
+        self,
+        key: Hashable,
+        folded: FoldedGraph,
+        values: Sequence[Value],
+        inputs: Sequence[Tensor],
+        own: bool,
+        randomness: MemberRandomness,
+    ) -> Any:
+        """Run a new graph, and members alone beside it; the loop if they differ."""
+        members = folded.members
+        buffers = {name: b.detach().clone() for name, b in self.stacked.named_buffers()}
+        states = list(randomness.states)
+        try:
+            result = folded.run(values, randomness)
+        except Exception as error:  # the member alone fails as well, or the graph was not what runs alone
+            found: str | None = f"folded, it raises {error!r}"
+        else:
+            found = check_against_alone(self.stacked, members, inputs, own, result, buffers, states)
+        if found is None:
+            self._graphs[key] = folded
+            self._last = EnsemblePlan(members, tuple(folded.steps), None)
+            return result
+        with torch.no_grad():
+            for name, buffer in self.stacked.named_buffers():
+                buffer.copy_(buffers[name])
+        randomness.set_states(states)
+        result = self._loop(inputs, own, members, randomness, found)
+        self._graphs[key] = found
+        return result
+
+    def _loop(
+        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, why: str
+    ) -> Any:
+        self._last = EnsemblePlan(members, (Step("", type(self.stacked).__name__, "loop", why),), why)
+        parts = [x.unbind() if own and isinstance(x, Tensor) else (x,) * members for x in inputs]
+        results = call_members(
+            self.stacked, members, lambda k: (tuple(part[k] for part in parts), {}), randomness
+        )
+        return stacked_results(results)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Execution, (self.stacked, self.strategy)

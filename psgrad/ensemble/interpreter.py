@@ -1,0 +1,217 @@
+"""Run the graph of one member for all K: by rules, under `torch.vmap`, or member after member."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from psgrad.ensemble.functions import FUNCTION_RULES, MEMBER_FACTS, METHOD_RULES
+from psgrad.ensemble.layers import MODULE_RULES, Computed
+from psgrad.ensemble.loop import call_members, loop_members
+from psgrad.ensemble.plan import Step
+from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.ensemble.trace import is_in_place
+from psgrad.ensemble.value import Value
+
+__all__ = ["FoldedGraph"]
+
+
+class FoldedGraph:
+    """A member's graph with the stacked parameters it is run with.
+
+    Attributes
+    ----------
+    steps
+        What the last run did, in order.
+
+    """
+
+    def __init__(self, stacked: nn.Module, graph: fx.Graph, members: int) -> None:
+        self.stacked = stacked
+        self.graph = graph
+        self.members = members
+        self.steps: list[Step] = []
+        self._looped: dict[fx.Node, str] = {}
+        self._last_use = _last_uses(graph)
+
+    def run(self, inputs: Sequence[Value], randomness: MemberRandomness) -> Any:
+        """Every member's output, trees of `[K, ...]`."""
+        self.steps = []
+        values: dict[fx.Node, Any] = {}
+        pending = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(pending)
+            elif node.op == "get_attr":
+                values[node] = Value.stacked(_attribute(self.stacked, node.target))
+            elif node.op == "output":
+                return tree_map(_stacked, _filled(node.args[0], values))
+            else:
+                result = self._compute(node, values, randomness)
+                values[node] = result
+                if is_in_place(node, self.stacked):
+                    self._rename(node, result, values)
+            for done in self._last_use.get(node, ()):
+                values.pop(done, None)
+        return None
+
+    def _rename(self, node: fx.Node, result: Any, values: dict[fx.Node, Any]) -> None:
+        """Give every name of the tensor that an in-place node changed the new value."""
+        while isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            if node in values:
+                values[node] = result
+            if node.op in ("placeholder", "get_attr") or not is_in_place(node, self.stacked):
+                return
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any], randomness: MemberRandomness) -> Any:
+        args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
+        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Value)]
+        if node.op == "call_module":
+            module = self.stacked.get_submodule(node.target)  # type: ignore[arg-type]
+            rule: Callable[..., Computed | str] | None = MODULE_RULES.get(type(module))
+            computed = _by_rule(rule, (module, randomness, *args), kwargs)
+            if isinstance(computed, Computed):
+                return self._noted(node, type(module).__name__, computed)
+            return self._one_by_one(node, type(module).__name__, module, args, kwargs, computed, randomness)
+        function = _function(node)
+        if not leaves or _is_fact(node):
+            args, kwargs = tree_map(_first_part, (args, kwargs))
+            return function(*args, **kwargs)
+        table: dict[Any, Callable[..., Computed | str]] = (
+            FUNCTION_RULES if node.op == "call_function" else METHOD_RULES  # type: ignore[assignment]
+        )
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+        computed = _by_rule(table.get(node.target), (randomness, *args), kwargs)
+        if isinstance(computed, Computed):
+            return self._noted(node, name, computed)
+        if node not in self._looped:
+            try:
+                result = _under_vmap(function, args, kwargs)
+            except Exception as error:  # a function that vmap cannot do; run alone it raises what is its own
+                self._looped[node] = (
+                    f"not under vmap: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
+            else:
+                self.steps.append(Step(node.name, name, "vmap", computed))
+                return result
+        return self._one_by_one(node, name, function, args, kwargs, self._looped[node], randomness)
+
+    def _noted(self, node: fx.Node, kind: str, computed: Computed) -> Value:
+        name = node.target if node.op == "call_module" else node.name
+        self.steps.append(Step(str(name), kind, computed.strategy, computed.why))
+        return computed.value
+
+    def _one_by_one(
+        self,
+        node: fx.Node,
+        kind: str,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        why: str,
+        randomness: MemberRandomness,
+    ) -> Any:
+        self.steps.append(
+            Step(str(node.target if node.op == "call_module" else node.name), kind, "loop", why)
+        )
+        leaves, spec = tree_flatten((args, kwargs))
+        parts = [leaf.parts() if isinstance(leaf, Value) else (leaf,) * self.members for leaf in leaves]
+
+        def args_of(k: int) -> Any:
+            return tree_unflatten([part[k] for part in parts], spec)
+
+        if isinstance(function, nn.Module):
+            results = call_members(function, self.members, args_of, randomness)
+        else:
+            results = loop_members(lambda k: _called(function, args_of(k)), self.members, randomness)
+        return tree_map(_joined, *results)
+
+
+def _by_rule(rule: Callable[..., Computed | str] | None, args: Any, kwargs: Any) -> Computed | str:
+    if rule is None:
+        return "no rule"
+    operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Value)]
+    listed = any(isinstance(value, list | tuple) for value in args)
+    if not operands and not listed:
+        return "no tensor among its arguments"
+    try:
+        return rule(*args, **kwargs)
+    except TypeError as error:  # arguments that the rule does not have
+        return f"its rule does not take these arguments ({error})"
+
+
+def _under_vmap(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    leaves, spec = tree_flatten((args, kwargs))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Value)]
+    tensors, dims = zip(*(leaves[i].for_vmap() for i in at), strict=True)
+    if all(dim is None for dim in dims):  # under vmap something has to have a member axis
+        first = leaves[at[0]]
+        tensors, dims = (first.as_stacked(), *tensors[1:]), (0, *dims[1:])
+
+    def member(*parts: Tensor) -> Any:
+        filled = list(leaves)
+        for i, part in zip(at, parts, strict=True):
+            filled[i] = part
+        return _called(function, tree_unflatten(filled, spec))
+
+    return tree_map(Value.stacked, torch.vmap(member, dims, randomness="error")(*tensors))
+
+
+def _called(function: Callable[..., Any], arguments: Any) -> Any:
+    args, kwargs = arguments
+    return function(*args, **kwargs)
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_function":
+        return node.target  # type: ignore[return-value]
+    return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
+
+
+def _is_fact(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in MEMBER_FACTS
+    facts = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+    return node.target is getattr and node.args[1] in facts
+
+
+def _filled(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    return fx.node.map_arg(arguments, lambda node: values[node])
+
+
+def _first_part(value: Any) -> Any:
+    return value.parts()[0] if isinstance(value, Value) else value
+
+
+def _stacked(value: Any) -> Any:
+    return value.as_stacked() if isinstance(value, Value) else value
+
+
+def _joined(*results: Any) -> Any:
+    if isinstance(results[0], Tensor):
+        return Value.stacked(torch.stack(results))
+    if any(result != results[0] for result in results):
+        raise ValueError(f"members differ in what is no tensor: {results}")
+    return results[0]
+
+
+def _attribute(module: nn.Module, path: Any) -> Tensor:
+    owner, _, name = str(path).rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Which values nobody needs after a node, so that memory is not held longer than by the member alone."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in (node, *node.all_input_nodes):
+            last[used] = node
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last.items():
+        ends.setdefault(node, []).append(used)
+    return ends

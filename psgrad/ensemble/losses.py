@@ -1,0 +1,61 @@
+"""K losses from K outputs: at once for the common ones, else under `torch.vmap`, else one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from psgrad.ensemble.loop import loop_members
+from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.errors import ShapeError
+
+__all__ = ["member_losses"]
+
+_IGNORED = -100  # PyTorch's default ignore_index
+
+
+def member_losses(
+    fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, own: bool, randomness: MemberRandomness
+) -> Tensor:
+    """`[K]` losses `fn(outputs[k], targets)`, with own targets `fn(outputs[k], targets[k])`.
+
+    Raises
+    ------
+    ShapeError
+        If `fn` does not return a scalar.
+
+    """
+    members = len(randomness.generators)
+    if _is_cross_entropy(fn) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        y = targets if own else targets.expand(members, *targets.shape)
+        fits = outputs.ndim >= 3 and outputs.shape[:2] + outputs.shape[3:] == y.shape
+        if fits and not y.is_floating_point():
+            each = F.cross_entropy(outputs.flatten(0, 1), y.flatten(0, 1), reduction="none")
+            return each.reshape(members, -1).sum(1) / (y != _IGNORED).reshape(members, -1).sum(1)
+    try:
+        losses = torch.vmap(fn, (0, 0 if own else None), randomness="error")(outputs, targets)
+    except Exception:  # what vmap cannot do; alone, fn raises what is its own
+        losses = torch.stack(
+            loop_members(
+                lambda k: fn(_part(outputs, k), _part(targets, k) if own else targets), members, randomness
+            )
+        )
+    if losses.ndim != 1:
+        raise ShapeError(f"the loss must be a scalar, a member's is {tuple(losses.shape[1:])}")
+    return losses
+
+
+def _is_cross_entropy(fn: Callable[..., Any]) -> bool:
+    if type(fn) is nn.CrossEntropyLoss:
+        plain = fn.weight is None and fn.label_smoothing == 0 and fn.reduction == "mean"
+        return plain and fn.ignore_index == _IGNORED
+    return fn is F.cross_entropy
+
+
+def _part(tree: Any, k: int) -> Any:
+    return tree_map(lambda value: value[k] if isinstance(value, Tensor) else value, tree)

@@ -1,0 +1,215 @@
+"""The graph of one member's forward pass, or why there is none that can be relied on.
+
+The member is traced with `torch.fx` on the meta device: whatever reads a value of a parameter or buffer while
+tracing, which would become a constant of the graph, fails there instead of being frozen in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from psgrad.ensemble.functions import IN_PLACE
+from psgrad.ensemble.members import tensors_of
+
+__all__ = ["is_in_place", "trace_key", "trace_member"]
+
+_ROOT = "member"
+
+
+class _One(nn.Module):
+    def __init__(self, member: nn.Module) -> None:
+        super().__init__()
+        self.member = member
+
+    def forward(self, a: Any) -> Any:
+        return self.member(a)
+
+
+class _Two(_One):
+    def forward(self, a: Any, b: Any) -> Any:  # type: ignore[override]
+        return self.member(a, b)
+
+
+class _Three(_One):
+    def forward(self, a: Any, b: Any, c: Any) -> Any:  # type: ignore[override]
+        return self.member(a, b, c)
+
+
+_CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
+
+
+def trace_key(stacked: nn.Module) -> Hashable:
+    """What the graph of a module depends on besides its inputs: modes, hooks, and the user's own settings."""
+    key: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()]
+    for module in stacked.modules():
+        key.append((module.training, _has_hooks(module)))
+        if not type(module).__module__.startswith("torch.nn."):
+            settings = vars(module).items()
+            key += [(name, value) for name, value in settings if isinstance(value, bool | int | float | str)]
+    return tuple(key)
+
+
+def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
+    """Return the graph of a member called with so many tensors, or why it cannot be relied on.
+
+    Module and attribute targets are paths in `stacked`.
+    """
+    if inputs not in _CALLS:
+        return f"a member with {inputs} inputs"
+    for path, module in stacked.named_modules():
+        if _has_hooks(module):
+            return f"{path or 'the module itself'} has hooks"
+        if hasattr(module, "parametrizations"):
+            return f"{path or 'the module itself'} is parametrized"
+    member = _on_meta(stacked)
+    before = {path: tensor._version for path, tensor in tensors_of(member).items()}
+    states = torch.get_rng_state(), random.getstate()
+    tracer = fx.Tracer()
+    try:
+        graph = tracer.trace(_CALLS[inputs](member))
+    except Exception as error:  # whatever the user's forward raises on proxies
+        return (
+            f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
+    drew = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if drew:
+        return "forward draws random numbers of its own"
+    for path, tensor in tensors_of(member).items():
+        if tensor._version != before[path]:
+            return f"forward changes {path} itself"
+    names = {n for n, _ in stacked.named_parameters(remove_duplicate=False)}
+    names |= {n for n, _ in stacked.named_buffers(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix(_ROOT).removeprefix(".")
+        if node.op == "get_attr" and node.target not in names:
+            return "forward makes a tensor that depends on no input"
+    return _in_place_refusal(graph, member) or graph
+
+
+def is_in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node changes its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(node.target), "inplace", False))  # type: ignore[arg-type]
+    return node.target in IN_PLACE or bool(node.kwargs.get("inplace", False))
+
+
+def _in_place_refusal(graph: fx.Graph, member: nn.Module) -> str | None:
+    """Why an in-place change might be seen through another name; None if it cannot.
+
+    The interpreter computes out of place and renames, which is the same as long as nobody who looks later
+    holds a *view* of what changed.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = is_in_place(node, member)
+        if node.op != "call_module" and not in_place and _looks_in_place(name):
+            return f"the in-place {name} has no rule"
+        if "out" in node.kwargs:
+            return f"{name} writes into out="
+        if not in_place:
+            continue
+        changed = node.args[0] if node.args else None
+        if not isinstance(changed, fx.Node) or changed.op == "get_attr":
+            return f"the in-place {name} changes what is no value of the graph"
+        for other in _related(changed, member) - _same_object(changed, member) - {node}:
+            # what was made later sees the new value
+            if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
+                return f"{other.name} may be a view of what the in-place {name} changes, and is used later"
+    return None
+
+
+def _looks_in_place(name: str) -> bool:
+    dunder = name.startswith("__")
+    return (name.endswith("_") and not dunder) or name in _OPERATORS or name in ("setitem", "__setitem__")
+
+
+_OPERATORS = frozenset(
+    {
+        "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior",
+        "ipow", "irshift", "isub", "itruediv", "ixor",
+    }
+)  # fmt: skip
+
+
+def _same_object(node: fx.Node, member: nn.Module) -> set[fx.Node]:
+    """Nodes that are the same tensor: chains of in-place changes."""
+    same, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        near = [
+            user
+            for user in current.users
+            if user.args and user.args[0] is current and is_in_place(user, member)
+        ]
+        if current.op.startswith("call") and is_in_place(current, member):
+            near += [argument for argument in current.args[:1] if isinstance(argument, fx.Node)]
+        pending += [other for other in near if other not in same]
+        same.update(near)
+    return same
+
+
+def _related(node: fx.Node, member: nn.Module) -> set[fx.Node]:
+    """Nodes that may share storage with one, over any chain of what is not known to make a new tensor."""
+    related, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        near = [] if _is_fresh(current, member) else list(current.all_input_nodes)
+        near += [user for user in current.users if not _is_fresh(user, member)]
+        pending += [other for other in near if other not in related]
+        related.update(near)
+    return related
+
+
+def _is_fresh(node: fx.Node, member: nn.Module) -> bool:
+    """Whether the node makes a tensor that shares storage with none of its inputs."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if is_in_place(node, member):
+        return False
+    if node.op == "call_module":
+        fresh = nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
+        module = member.get_submodule(node.target)  # type: ignore[arg-type]
+        return type(module).__module__.startswith("torch.nn.") and not isinstance(module, fresh)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _FRESH
+
+
+_FRESH = frozenset(
+    {
+        "add", "sub", "mul", "truediv", "div", "neg", "pow", "relu", "gelu", "silu", "hardswish",
+        "hardsigmoid", "sigmoid", "tanh", "exp", "cat", "concat", "mean", "sum", "amax",
+        "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "_max_pool2d", "layer_norm",
+        "batch_norm", "conv2d", "linear", "matmul", "bmm", "scaled_dot_product_attention",
+        "softmax", "log_softmax", "clone", "size",
+    }
+)  # fmt: skip
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _on_meta(stacked: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(stacked).values():
+        own = torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+    return copy.deepcopy(stacked, memo)
