@@ -1,11 +1,8 @@
-"""The convolution of K members in folded layout: one grouped call, or K calls, for each of three results.
-
-The forward pass, the gradient of the input and that of the weight are planned each for itself: oneDNN's
-grouped kernels win when a call is small, its ordinary ones when channels are few and the batch is long.
-"""
+"""The convolution of K members in folded layout: one grouped call for all."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from psgrad.conv import ConvGeometry, convolution_batch_rule
@@ -13,13 +10,36 @@ from psgrad.conv import ConvGeometry, convolution_batch_rule
 __all__ = ["member_convolution"]
 
 
-def member_convolution(
-    folded: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
-) -> tuple[Tensor, str, str]:
-    """Convolve `N(KGI)` with `K(GO)I` to `N(KGO)`; also how, and why."""
+def member_convolution(folded: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """Convolve every member's input with its own weight: `N(KGI)`, `K(GO)I` to `N(KGO)`.
+
+    Parameters
+    ----------
+    folded
+        `N(KGI)` and spatial axes.
+    weight
+        `K(GO)I` and kernel axes, transposed `K(GI)O`.
+    bias
+        `K(GO)`, or None.
+    geometry
+        Of one member's convolution.
+
+    """
+    geometry = geometry.at(weight.shape[3:])
     members = weight.shape[0]
-    out, bdim = convolution_batch_rule(folded.unflatten(1, (members, -1)), 1, weight, 0, None, None, geometry)
-    result = out.movedim(bdim or 0, 1).flatten(1, 2)
-    if bias is not None:
-        result = result + bias.reshape(-1, *(1,) * (result.ndim - 2))
-    return result, "grouped", f"{members * geometry.groups} groups"
+    if geometry.is_padding_symmetric:
+        return torch.convolution(
+            folded,
+            weight.flatten(0, 1),
+            None if bias is None else bias.flatten(),
+            geometry.stride,
+            geometry.symmetric_padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding,
+            members * geometry.groups,
+        )
+    # "same" with an even kernel: N(KGI) -> NK(GI), K(GO)I -> KN(GO) -> N(KGO)
+    split = folded.unflatten(1, (members, -1))
+    out, bdim = convolution_batch_rule(split, 1, weight, 0, bias, None if bias is None else 0, geometry)
+    return out.movedim(bdim or 0, 1).flatten(1, 2)

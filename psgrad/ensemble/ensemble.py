@@ -232,9 +232,13 @@ class Ensemble(nn.Module):
         if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
             raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
         for tensor in tensors_of(self.stacked).values():
-            grad = tensor.grad
+            grad, data = tensor.grad, tensor.data[kept]
             tensor.grad = None
-            tensor.data = tensor.data[kept]
+            # Another dtype in between makes autograd forget the old shape, which a graph that is still
+            # alive (last step's loss) would otherwise keep.
+            other = torch.float64 if data.dtype != torch.float64 else torch.float32
+            tensor.data = data.new_empty(0, dtype=other)
+            tensor.data = data
             tensor.grad = None if grad is None else grad[kept]
         self._randomness = MemberRandomness([self._randomness.states[k] for k in kept])
 

@@ -20,7 +20,7 @@ Rule = Callable[..., Computed | str]
 """From the random streams and the function's own arguments."""
 
 
-def _elementwise(function: Callable[..., Tensor]) -> Rule:
+def _elementwise(function: Callable[..., Any]) -> Rule:
     def rule(_: MemberRandomness, *args: Any, **kwargs: Any) -> Computed | str:
         kwargs.pop("inplace", None)
         values = [a for a in args if isinstance(a, Value)]
@@ -42,7 +42,7 @@ def _elementwise(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def _in_place(function: Callable[..., Tensor]) -> Rule:
+def _in_place(function: Callable[..., Any]) -> Rule:
     """Compute out of place; the interpreter gives the name its new value."""
     compute = _elementwise(function)
 
@@ -147,7 +147,7 @@ _ELEMENTWISE: tuple[Callable[..., Any], ...] = (
     torch.square, torch.sub, torch.tanh,
 )  # fmt: skip
 
-_IN_PLACE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_IN_PLACE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: torch.add,
     operator.imul: torch.mul,
     operator.isub: torch.sub,
@@ -155,13 +155,13 @@ _IN_PLACE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.relu_: torch.relu,
 }
 
-_METHODS: dict[str, Callable[..., Tensor]] = {
+_METHODS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs, "add": torch.add, "clamp": torch.clamp, "div": torch.div, "exp": torch.exp,
     "mul": torch.mul, "neg": torch.neg, "pow": torch.pow, "relu": torch.relu, "sigmoid": torch.sigmoid,
     "sqrt": torch.sqrt, "square": torch.square, "sub": torch.sub, "tanh": torch.tanh,
 }  # fmt: skip
 
-_IN_PLACE_METHODS = {
+_IN_PLACE_METHODS: dict[str, Callable[..., Any]] = {
     "add_": torch.add,
     "div_": torch.div,
     "mul_": torch.mul,
@@ -185,7 +185,6 @@ FUNCTION_RULES: dict[Callable[..., Any], Rule] = {
     F.adaptive_avg_pool2d: _channelwise(F.adaptive_avg_pool2d),
     F.avg_pool2d: _channelwise(F.avg_pool2d),
     F.max_pool2d: _channelwise(F.max_pool2d),
-    F._max_pool2d: _channelwise(F._max_pool2d),
     torch.max_pool2d: _channelwise(torch.max_pool2d),
     F.interpolate: _channelwise(F.interpolate),
 }

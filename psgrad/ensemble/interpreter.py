@@ -83,7 +83,7 @@ class FoldedGraph:
             args, kwargs = tree_map(_first_part, (args, kwargs))
             return function(*args, **kwargs)
         table: dict[Any, Callable[..., Computed | str]] = (
-            FUNCTION_RULES if node.op == "call_function" else METHOD_RULES  # type: ignore[assignment]
+            FUNCTION_RULES if node.op == "call_function" else METHOD_RULES
         )
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
         computed = _by_rule(table.get(node.target), (randomness, *args), kwargs)

@@ -66,8 +66,8 @@ def _conv(module: nn.modules.conv._ConvNd, _: MemberRandomness, x: Value) -> Com
     folded = x.as_folded()
     if module.padding_mode != "zeros":
         folded = F.pad(folded, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    out, strategy, why = member_convolution(folded, weight, bias, geometry)
-    return Computed(Value.folded(out, members), strategy, why)
+    out = member_convolution(folded, weight, bias, geometry)
+    return Computed(Value.folded(out, members), "grouped", f"{members * module.groups} groups")
 
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
