@@ -28,7 +28,8 @@ class Ensemble(nn.Module):
     behind the prefix `stacked.`; so are the buffers. Sum the losses to train, never take their mean: then
     every member's gradient is its own.
 
-    Build one with `from_factory` or `from_modules`.
+    Build one with `from_factory` or `from_modules`. Their `strategy` is "auto" (folded where that is right
+    and estimated to be faster), "folded" (wherever it is right) or "loop"; `plan` says what it came to.
 
     Attributes
     ----------

@@ -99,13 +99,13 @@ def _resolved(shape: torch.Size, sizes: tuple[int, ...]) -> torch.Size:
 def _reduction(function: Callable[..., Tensor]) -> Rule:
     def rule(_: MemberRandomness, x: Value, dim: Any = None, keepdim: bool = False) -> Computed | str:
         dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-        if not dims or min(d % x.rank for d in dims) < 2:
-            return "not over spatial axes alone"
         positive = [d % x.rank for d in dims]
-        if x.layout is Layout.STACKED:
+        if dims and x.layout is Layout.STACKED:
             out = function(x.tensor, [d + 1 for d in positive], keepdim)
-        else:
+        elif dims and min(positive) >= 2:
             out = function(x.tensor, positive, keepdim)
+        else:
+            return "not over spatial axes alone"
         return Computed(Value(out, x.layout, x.members), "folded", "channel by channel")
 
     return rule

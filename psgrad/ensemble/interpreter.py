@@ -27,6 +27,8 @@ class FoldedGraph:
     ----------
     steps
         What the last run did, in order.
+    elements
+        How many elements a step of the last run gave one member, on average.
 
     """
 
@@ -35,12 +37,18 @@ class FoldedGraph:
         self.graph = graph
         self.members = members
         self.steps: list[Step] = []
+        self._elements = 0
         self._looped: dict[fx.Node, str] = {}
         self._last_use = _last_uses(graph)
 
+    @property
+    def elements(self) -> float:
+        """See the class."""
+        return self._elements / max(1, len(self.steps))
+
     def run(self, inputs: Sequence[Value], randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""
-        self.steps = []
+        self.steps, self._elements = [], 0
         values: dict[fx.Node, Any] = {}
         pending = iter(inputs)
         for node in self.graph.nodes:
@@ -53,6 +61,8 @@ class FoldedGraph:
             else:
                 result = self._compute(node, values, randomness)
                 values[node] = result
+                if isinstance(result, Value):
+                    self._elements += result.shape.numel()
                 if is_in_place(node, self.stacked):
                     self._rename(node, result, values)
             for done in self._last_use.get(node, ()):

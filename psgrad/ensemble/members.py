@@ -99,7 +99,12 @@ def _check_alike(first: nn.Module, other: nn.Module, k: int) -> None:
 
 
 def _classes(module: nn.Module) -> dict[str, Any]:
-    return {path: type(m) for path, m in module.named_modules(remove_duplicate=False)}
+    return {path: _class_name(m) for path, m in module.named_modules(remove_duplicate=False)}
+
+
+def _class_name(value: Any) -> str:
+    """By name: a class that is made anew each time (in a factory, by a parametrization) is the same one."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _modes(module: nn.Module) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _all_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Return what modules hold besides parameters, buffers and modules, by path."""
     return {
-        f"{path}.{name}".lstrip("."): value
+        f"{path}.{name}".lstrip("."): len(value) if "hooks" in name else value
         for path, m in module.named_modules()
         for name, value in vars(m).items()
         if name != "training" and (name not in nn.Module().__dict__ or "hooks" in name)
@@ -143,7 +148,7 @@ _FACTS: tuple[tuple[str, Callable[[nn.Module], dict[str, Any]]], ...] = (
 
 
 def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
+    if _class_name(a) != _class_name(b):
         return False
     if isinstance(a, Tensor):
         return a.shape == b.shape and torch.equal(a, b)
