@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +201,8 @@ def _gated(
     """Return a contender that is right, ready for its first step, or None; and the verdict."""
     try:
         stepper = make(net, truth.max_norm, len(x))
-        verdict = check(stepper, truth, x, y)
+        with _full_float32():
+            verdict = check(stepper, truth, x, y)
         if verdict.reason is None:
             stepper.update()
             return stepper, verdict
@@ -208,3 +211,17 @@ def _gated(
         verdict = Verdict(float("nan"), f"{type(err).__name__}: {first}")
     gc.collect()
     return None, verdict
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Without TF32, whose rounding is as large as errors that the gate must see; timed steps may use it."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -119,6 +119,23 @@ def test_who_would_write_too_much_is_not_run():
     assert all(r.measurement for r in results)
 
 
+def test_the_gate_runs_without_tf32_and_the_rest_as_pytorch_is_set(monkeypatch):
+    seen = []
+
+    class Looks(NonPrivate):
+        def __init__(self, model, max_norm, batch_size):
+            super().__init__(model)
+
+        def gradient(self, x, y):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            super().gradient(x, y)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    measure_step("tiny", TINY, 4, {"looks": Looks}, rounds=1)
+    assert seen[0] == (False, False)
+    assert set(seen[1:]) == {(True, torch.backends.cuda.matmul.allow_tf32)}
+
+
 def test_patience_and_interruption():
     makers = {"psgrad clip": STEPPERS["psgrad clip"]}
     (result,) = measure_step("tiny", TINY, 4, makers, rounds=50, seconds=0.0)
