@@ -33,9 +33,17 @@ class ClipPerSample:
     """
 
     def __init__(
-        self, module: nn.Module, style: ClippingStyle, loss_reduction: LossReduction, rows_per_sample: int
+        self,
+        module: nn.Module,
+        style: ClippingStyle,
+        loss_reduction: LossReduction,
+        rows_per_sample: int,
+        *,
+        into_sum: bool = False,
     ) -> None:
         self.loss_reduction = checked_reduction(loss_reduction)
+        self.into_sum = into_sum or loss_reduction == "sum"
+        """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
         self._result: ClipResult | None = None
         self._held = Held()
         self._capture = Capture(module, self, rows_per_sample)
@@ -114,7 +122,10 @@ class ClipPerSample:
         norms = total_norms(sq_norms.values()) * scale
         group_norms = self._group_norms(sq_norms, norms, scale)
         group_factors, factors_of = self._factors(group_norms, norms.isfinite())
-        self._held.release(factors_of)
+        if self.into_sum and scale != 1:
+            self._held.release({p: factors * scale for p, factors in factors_of.items()})
+        else:
+            self._held.release(factors_of)
         factors = torch.stack(list(group_factors.values())).amin(0) if group_factors else norms
         self._result = ClipResult(norms, factors, self.l2_bound, group_norms, group_factors)
         self._count(self._result)
@@ -161,6 +172,21 @@ class ClipPerSample:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that are clipped, by path."""
         return self._capture.trainable
+
+    def set_max_norm(self, max_norm: float | Mapping[str, float]) -> None:
+        """Clip by another bound from the next backward pass on.
+
+        Raises
+        ------
+        ConfigError
+            In the middle of a logical step, whose sum would have two bounds, or for a bound out of range.
+
+        """
+        if self._gathered.backward_passes:
+            raise ConfigError(
+                "max_norm changes between logical steps: a backward pass has been clipped already"
+            )
+        self._use(replace(self.style, max_norm=max_norm))  # type: ignore[type-var]  # a dataclass
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, between logical steps: the bound in force."""

@@ -122,9 +122,28 @@ def test_p3_p6_one_draw_and_one_accounted_step_per_logical_step():
 def test_p4_an_empty_batch_is_a_step_of_noise():
     model, optimizer = make(sigma=1.0)
     before = flat(model.parameters())
-    optimizer.step()
+    optimizer.step_empty()
     assert (flat(model.parameters()) != before).all()
     assert optimizer.accountant.history == [(1.0, 0.1, 1)]
+    F.cross_entropy(model(torch.randn(0, 2, 6, 6)), torch.zeros(0, dtype=torch.long)).backward()  # NaN
+    optimizer.step()
+    assert flat(model.parameters()).isfinite().all()
+    assert optimizer.accountant.history == [(1.0, 0.1, 2)]
+
+
+def test_a_step_without_clipped_gradients_is_refused():
+    model, optimizer = make()
+    with pytest.raises(ConfigError, match="without a clipped gradient"):
+        optimizer.step()
+    model(torch.randn(3, 2, 6, 6)).sum().backward()
+    optimizer.zero_grad()
+    with pytest.raises(ConfigError, match="without a clipped gradient"):
+        optimizer.step()
+    model(torch.randn(3, 2, 6, 6)).sum().backward()
+    with pytest.raises(ConfigError, match="step_empty"):
+        optimizer.step_empty()
+    optimizer.step()
+    assert optimizer.accountant.history == [(0.0, 0.1, 1)]
 
 
 def test_frozen_parameters_get_neither_gradient_nor_noise():

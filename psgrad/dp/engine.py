@@ -1,0 +1,382 @@
+"""`PrivacyEngine`: the door of Opacus's engine, with psgrad's clipping behind it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import IO, Any, BinaryIO
+
+import torch
+from opacus.accountants import create_accountant
+from opacus.data_loader import DPDataLoader
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from psgrad.clipping import ClipPerSample, ClippingStyle, PerLayer, as_style, check_loss_reduction
+from psgrad.dp.accounting import noise_multiplier_for
+from psgrad.dp.optimizer import PrivateOptimizer
+from psgrad.errors import ConfigError, RefusedModelError
+from psgrad.per_sample import LossReduction
+
+__all__ = ["PrivacyEngine"]
+
+MODES = ("hooks", "functorch", "ew", "ghost")
+"""Opacus's ways of computing: here all are the planner's, and "ghost" returns the criterion as well."""
+
+MaxGradNorm = float | Sequence[float] | ClippingStyle
+Path = str | os.PathLike[str] | BinaryIO | IO[bytes]
+
+
+class PrivacyEngine:
+    """Make a module, an optimizer and a data loader private: Opacus's engine, argument by argument.
+
+    A script written for Opacus changes the import. What is returned for the module is the user's own
+    module: while it is attached, its `backward` clips; keys of its `state_dict` stay as they are.
+
+    Parameters
+    ----------
+    accountant
+        "prv" or "rdp", of Opacus. "gdp" is refused: it is an approximation that can report less than is
+        spent.
+    secure_mode
+        Refused when True: Opacus's needs a generator of an unmaintained package. See `noise_generator` for
+        what is promised of the noise.
+
+    Raises
+    ------
+    ConfigError
+        As said.
+
+    Examples
+    --------
+    >>> engine = PrivacyEngine()                                                   # doctest: +SKIP
+    >>> model, optimizer, loader = engine.make_private(                            # doctest: +SKIP
+    ...     module=model, optimizer=optimizer, data_loader=loader,
+    ...     noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> for x, y in loader:                                                        # doctest: +SKIP
+    ...     optimizer.zero_grad()
+    ...     criterion(model(x), y).backward()
+    ...     optimizer.step()
+    >>> engine.get_epsilon(delta=1e-5)                                             # doctest: +SKIP
+
+    """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        if accountant == "gdp":
+            raise ConfigError(
+                'accountant="gdp" is an approximation that can report less than what is spent: use "prv"'
+            )
+        if secure_mode:
+            raise ConfigError(
+                "secure_mode=True is not offered: noise is seeded from the operating system's source, "
+                "see psgrad.dp.noise_generator"
+            )
+        try:
+            self.accountant = create_accountant(mechanism=accountant)
+        except ValueError as err:
+            raise ConfigError(f'accountant {accountant!r}: there are "prv" and "rdp"') from err
+        self._mechanism = accountant
+        self._not_poisson = False
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[..., Tensor] | None = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: MaxGradNorm,
+        batch_first: bool = True,
+        loss_reduction: LossReduction = "mean",
+        poisson_sampling: bool = True,
+        clipping: str | None = None,
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        rand_on_empty: bool = False,
+        rows_per_sample: int = 1,
+        **unknown: Any,
+    ) -> tuple[Any, ...]:
+        """Attach the engine.
+
+        Parameters
+        ----------
+        module
+            Any module, in training mode.
+        optimizer
+            Any of `torch.optim`, over parameters of the module.
+        criterion
+            The loss, to check `loss_reduction` against; returned, as it is, under grad_sample_mode="ghost".
+        data_loader
+            Of a map-style data set; its expected batch size stays.
+        noise_multiplier
+            Standard deviation of the noise, in units of the clipped sum's sensitivity.
+        max_grad_norm
+            C; under clipping="per_layer" also a sequence with one norm for each trainable parameter, as
+            Opacus has it; or a style with its settings, `psgrad.clipping.Automatic(1.0)`.
+        batch_first
+            True: axis 0 of every input is the batch.
+        loss_reduction
+            "mean" or "sum", of the loss over its batch.
+        poisson_sampling
+            Whether to sample as the accountant assumes. Without it `get_epsilon` raises.
+        clipping
+            A name in `psgrad.clipping.STYLES`; None for "flat".
+        noise_generator
+            A seeded generator makes a run repeatable, and its noise known to whoever knows the seed.
+        grad_sample_mode
+            One of `MODES`.
+        rand_on_empty
+            Opacus's: an empty batch is filled with random numbers. Refused: it is not needed.
+        rows_per_sample
+            K, the consecutive rows of a batch that make one sample.
+        unknown
+            Options of Opacus that psgrad has not, and misspelt ones: refused by name.
+
+        Returns
+        -------
+        tuple
+            (module, optimizer, data loader); under "ghost" (module, optimizer, criterion, data loader).
+
+        Raises
+        ------
+        ConfigError
+            If an argument is refused, out of range, or does not fit the loss.
+        RefusedModelError
+            If the module mixes samples, has nothing to train, or is wrapped for distributed training.
+
+        """
+        self._refuse(batch_first, rand_on_empty, grad_sample_mode, unknown)
+        _refuse_distributed(module)
+        if not module.training:
+            raise ConfigError("the module is in evaluation mode: call module.train() first")
+        if criterion is not None:
+            check_loss_reduction(criterion, loss_reduction)
+        style = _style(module, max_grad_norm, clipping)
+        sample_rate = 1 / len(data_loader)
+        loader = data_loader
+        if poisson_sampling:
+            loader = DPDataLoader.from_data_loader(data_loader)
+        elif not isinstance(data_loader, DPDataLoader):
+            self._not_poisson = True
+        clip = ClipPerSample(module, style, loss_reduction, rows_per_sample, into_sum=True)
+        try:
+            private = PrivateOptimizer(
+                optimizer,
+                clip,
+                noise_multiplier=noise_multiplier,
+                expected_batch_size=int(len(data_loader.dataset) * sample_rate),  # type: ignore[arg-type]  # sized
+                accountant=self.accountant,
+                sample_rate=sample_rate,
+                generator=noise_generator,
+            )
+        except ConfigError:
+            clip.remove()
+            raise
+        if grad_sample_mode == "ghost":
+            return module, private, criterion or nn.CrossEntropyLoss(reduction=loss_reduction), loader
+        return module, private, loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: MaxGradNorm,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """Attach the engine with the least noise that keeps `epochs` epochs within (epsilon, delta).
+
+        Parameters
+        ----------
+        module, optimizer, data_loader, max_grad_norm, options
+            As for `make_private`, without its noise_multiplier.
+        target_epsilon, target_delta
+            The privacy to spend over all epochs, what the accountant has recorded already not counted.
+        epochs
+            Passes of len(data_loader) steps each.
+
+        Returns
+        -------
+        tuple
+            As `make_private`.
+
+        Raises
+        ------
+        ConfigError
+            As `make_private`; if the target cannot be met, the accountant has recorded steps already, or is
+            not "prv".
+
+        """
+        if len(self.accountant):
+            raise ConfigError(
+                f"the accountant has recorded {len(self.accountant)} kinds of steps already, which this "
+                "target would not count: use a new PrivacyEngine, or make_private with a noise_multiplier"
+            )
+        if epochs < 1:
+            raise ConfigError(f"epochs must be at least 1, got {epochs}")
+        if self._mechanism != "prv":
+            raise ConfigError('a target epsilon is for accountant="prv", whose bound is the tightest')
+        sigma = noise_multiplier_for(
+            target_epsilon,
+            target_delta,
+            sample_rate=1 / len(data_loader),
+            steps=math.ceil(epochs * len(data_loader)),
+        )
+        return self.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            **options,
+        )
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return the epsilon of all steps so far at this delta; 0 before the first.
+
+        Raises
+        ------
+        ConfigError
+            If delta is out of range, or a loader does not sample as the accountant assumes.
+
+        """
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta must be between 0 and 1, got {delta}")
+        if self._not_poisson:
+            raise ConfigError(
+                "poisson_sampling=False: no accountant here describes these batches, and an epsilon for "
+                "Poisson-sampled ones would be too small"
+            )
+        return float(self.accountant.get_epsilon(delta=delta)) if len(self.accountant) else 0.0
+
+    def save_checkpoint(
+        self,
+        *,
+        path: Path,
+        module: nn.Module,
+        optimizer: PrivateOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the states of the module, the accountant and what else is given, under Opacus's keys."""
+        checkpoint = dict(checkpoint_dict or {})
+        checkpoint["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
+        checkpoint["privacy_accountant_state_dict"] = self.accountant.state_dict()
+        for key, part in (
+            ("optimizer", optimizer),
+            ("noise_scheduler", noise_scheduler),
+            ("grad_clip_scheduler", grad_clip_scheduler),
+        ):
+            if part is not None:
+                checkpoint[f"{key}_state_dict"] = part.state_dict()
+        torch.save(checkpoint, path, **(torch_save_kwargs or {}))
+
+    def load_checkpoint(
+        self,
+        *,
+        path: Path,
+        module: nn.Module,
+        optimizer: PrivateOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Go on where `save_checkpoint` was called; return what it wrote.
+
+        Raises
+        ------
+        ConfigError
+            If something is asked for that was not saved, or was saved and is not asked for.
+
+        """
+        checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": False, **(torch_load_kwargs or {})})
+        asked = {
+            "module": module,
+            "privacy_accountant": self.accountant,
+            "optimizer": optimizer,
+            "noise_scheduler": noise_scheduler,
+            "grad_clip_scheduler": grad_clip_scheduler,
+        }
+        for name, part in asked.items():
+            saved = f"{name}_state_dict" in checkpoint
+            if saved != (part is not None):
+                raise ConfigError(
+                    f"the checkpoint has {'a' if saved else 'no'} state of the {name}, which was "
+                    f"{'not ' if saved else ''}asked for"
+                )
+        module.load_state_dict(checkpoint["module_state_dict"], **(module_load_dict_kwargs or {}))
+        for name, part in asked.items():
+            if part is not None and name != "module":
+                part.load_state_dict(checkpoint[f"{name}_state_dict"])
+        return checkpoint
+
+    @staticmethod
+    def validate(module: nn.Module) -> list[Exception]:
+        """Return what makes the module unfit, as errors that name paths; nothing if it is fit."""
+        try:
+            ClipPerSample(module, as_style(1.0), "sum", 1).remove()
+        except RefusedModelError as error:
+            return [error]
+        return []
+
+    @classmethod
+    def is_compatible(cls, module: nn.Module) -> bool:
+        """Whether `validate` finds nothing."""
+        return not cls.validate(module)
+
+    @staticmethod
+    def get_compatible_module(module: nn.Module) -> nn.Module:
+        """Return a copy in which Opacus's `ModuleValidator.fix` has replaced what mixes samples."""
+        return ModuleValidator.fix(module)
+
+    @staticmethod
+    def _refuse(batch_first: bool, rand_on_empty: bool, mode: str, unknown: dict[str, Any]) -> None:
+        if not batch_first:
+            raise ConfigError("batch_first=False: axis 0 of every input must be the batch; transpose it")
+        if rand_on_empty:
+            raise ConfigError("rand_on_empty=True is not needed: an empty batch is a step of noise")
+        if mode not in MODES:
+            raise ConfigError(f"grad_sample_mode {mode!r}: there are {', '.join(MODES)}")
+        if unknown:
+            raise ConfigError(
+                f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "
+                "style: max_grad_norm=psgrad.clipping.AdaptiveQuantile(...)"
+            )
+
+
+def _style(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None) -> ClippingStyle:
+    if isinstance(max_grad_norm, (ClippingStyle, float, int)):
+        return as_style(max_grad_norm, clipping)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if clipping != "per_layer" or len(max_grad_norm) != len(names):
+        raise ConfigError(
+            f"max_grad_norm is a sequence of {len(max_grad_norm)}: that is for clipping='per_layer', with "
+            f"one norm for each of the {len(names)} trainable parameters"
+        )
+    return PerLayer(dict(zip(names, max_grad_norm, strict=True)))
+
+
+def _refuse_distributed(module: nn.Module) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise RefusedModelError(
+                f"torch.distributed runs with {ranks} ranks: every rank would clip and add noise on its own, "
+                "and the ranks' sums would not meet. Train in one process."
+            )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(module, wrappers):
+        raise RefusedModelError(
+            f"{type(module).__name__} copies or synchronises the module itself: give the module inside of it"
+        )
