@@ -119,7 +119,8 @@ class PrivacyEngine:
         batch_first
             True: axis 0 of every input is the batch.
         loss_reduction
-            "mean" or "sum", of the loss over its batch.
+            "mean" or "sum", of the loss over its batch. Under "mean" the noisy sum is divided by the
+            expected batch size, under "sum" by nothing.
         poisson_sampling
             Whether to sample as the accountant assumes. Without it `get_epsilon` raises.
         clipping
@@ -171,6 +172,7 @@ class PrivacyEngine:
                 accountant=self.accountant,
                 sample_rate=sample_rate,
                 generator=noise_generator,
+                divisor=None if loss_reduction == "mean" else 1.0,  # as Opacus: a sum stays a sum
             )
         except ConfigError:
             clip.remove()

@@ -33,7 +33,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     noise_multiplier
         Standard deviation of the noise in units of the clipped sum's sensitivity, `clip.l2_bound`.
     expected_batch_size
-        What the noisy sum is divided by: q times the number of samples, a constant. The size of the
+        q times the number of samples, a constant: what the noisy sum is divided by. The size of the
         batch that was drawn is private and never used.
     accountant
         Is told of every step.
@@ -41,6 +41,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         q, for the accountant.
     generator
         For the noise; None to make one with `noise_generator`.
+    divisor
+        What the noisy sum is divided by instead, another constant.
 
     Guarantees
     ----------
@@ -67,6 +69,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         accountant: IAccountant,
         sample_rate: float,
         generator: torch.Generator | None = None,
+        divisor: float | None = None,
     ) -> None:
         if not clip.into_sum:
             raise ConfigError('private steps add up clipped sums: clip with loss_reduction="sum"')
@@ -81,6 +84,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._check_clipped([p for group in optimizer.param_groups for p in group["params"]])
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
+        self._divisor = expected_batch_size if divisor is None else divisor
         self.accountant = accountant
         self.sample_rate = sample_rate
         self.generator = generator or noise_generator(self.parameters[0].device)
@@ -164,7 +168,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None
-            p.grad /= self.expected_batch_size
+            p.grad /= self._divisor
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
         for hook in self._hooks:
             hook(self)
