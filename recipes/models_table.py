@@ -22,6 +22,7 @@ from psgrad import ConfigError, PsgradError
 from psgrad.bench import machine
 from psgrad.bench.model_gradients import compare, fallbacks
 from psgrad.bench.models_report import page
+from psgrad.bench.report import require_extra
 from psgrad.bench.zoo import model_names, outline
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible
@@ -54,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If torchvision lists no model of a name, or the results of an earlier run cannot be read.
+        If torchvision lists no model of a name, the results of an earlier run cannot be read, or the
+        `bench` extra is missing.
 
     """
     settings = from_command_line(ModelsTable, DEFAULT, argv)
+    require_extra()
     every = model_names()
     if unknown := sorted(set(settings.models) - set(every)):
         raise ConfigError(f"torchvision lists no model named {', '.join(unknown)}")

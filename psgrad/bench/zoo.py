@@ -48,13 +48,15 @@ def build(name: str, *, num_classes: int = 10, replace: bool = True) -> nn.Modul
 
     Auxiliary heads are there. With `replace`, BatchNorm is replaced as `replace_batch_norm` says.
     """
-    options: dict[str, Any] = {"num_classes": num_classes}
-    if name.startswith("vit_"):
-        options["image_size"] = image_size(name)
+    options = {"image_size": image_size(name)} if name.startswith("vit_") else {}
+    model = _make(name, num_classes=num_classes, **options)
+    return replace_batch_norm(model) if replace else model
+
+
+def _make(name: str, **options: Any) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # their own initialisation takes minutes
-    model: nn.Module = models.get_model(name, weights=None, **options)
-    return replace_batch_norm(model) if replace else model
+    return models.get_model(name, weights=None, **options)
 
 
 def replace_batch_norm(model: nn.Module) -> nn.Module:
@@ -68,10 +70,10 @@ def replace_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def outline(name: str, *, num_classes: int = 1000) -> nn.Module:
+def outline(name: str) -> nn.Module:
     """Make the model as published, BatchNorm left in, with large parameters that have no memory."""
     with _EmptyOnMeta():
-        return build(name, num_classes=num_classes, replace=False)
+        return _make(name)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
