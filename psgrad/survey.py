@@ -84,8 +84,9 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
     Raises
     ------
     RefusedModelError
-        If nothing is trainable, samples mix, a layer's settings allow no per-sample gradients, or a
-        forward is shadowed already. All offenders are named.
+        If nothing is trainable, samples mix, a layer's settings allow no per-sample gradients, a module's
+        class says so (a string `per_sample_refusal`), or a forward is shadowed already. All offenders are
+        named.
 
     """
     if not layers:
@@ -93,6 +94,13 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
             f"{type(module).__name__} has no trainable parameter: set requires_grad on those to train"
         )
     refuse_mixing(module)
+    said = [
+        f"{_named(path, m)}: {m.per_sample_refusal}"
+        for path, m in module.named_modules()
+        if isinstance(getattr(type(m), "per_sample_refusal", None), str)
+    ]
+    if said:
+        raise RefusedModelError("no per-sample gradients for this model:\n  " + "\n  ".join(said))
     shadowed = [("", module), *((layer.path, layer.module) for layer in layers if layer.path)]
     reasons = [f"{_named(path, m)}: {why}" for path, m in shadowed if (why := _why_not_shadowed(m))]
     reasons += [

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from psgrad.ensemble.eager import eager_losses
 from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.losses import member_losses
 from psgrad.ensemble.members import member_of, stack_members, tensors_of
@@ -38,6 +39,12 @@ class Ensemble(nn.Module):
         called itself.
 
     """
+
+    per_sample_refusal = (
+        "the members of an ensemble run as one, where a sample has K gradients: attach the handle to"
+        " ensemble.member(k) and fit the members apart"
+    )
+    """Why the per-sample handles refuse an ensemble, or a model with one inside."""
 
     def __init__(
         self, modules: Sequence[nn.Module], randomness: MemberRandomness, strategy: Strategy = "auto"
@@ -160,6 +167,11 @@ class Ensemble(nn.Module):
         own
             Whether x and y have the member axis in front.
 
+        Notes
+        -----
+        Where members run one after the other, the gradients are taken here, member by member, and
+        `backward` hands them on: once. Under `torch.no_grad` nothing of that is done.
+
         Raises
         ------
         ShapeError
@@ -168,6 +180,17 @@ class Ensemble(nn.Module):
         """
         inputs = x if isinstance(x, tuple) else (x,)
         self._check_own((y,), own)
+        self._check_own(inputs, own)
+        why = self._execution.refusal(inputs, own, self.members)
+        if why is not None and torch.is_grad_enabled() and not _scales_losses():
+            self._execution.note_loop(self.members, why)
+            return eager_losses(
+                self.stacked,
+                fn,
+                lambda k: tuple(_part(value, k) if own else value for value in inputs),
+                lambda k: _part(y, k) if own else y,
+                self._randomness,
+            )
         outputs = self(*inputs, own=own)
         return member_losses(fn, outputs, y, own, self._randomness)
 
@@ -269,3 +292,14 @@ class Ensemble(nn.Module):
                     f"own data of {self.members} members is [K, N, ...] with K = {self.members}, got"
                     f" {tuple(value.shape)}. Data that all members share goes without own."
                 )
+
+
+def _part(value: Any, k: int) -> Any:
+    return value[k] if isinstance(value, Tensor) else value
+
+
+def _scales_losses() -> bool:
+    """Whether losses are to be scaled before any gradient is taken: float16 underflows otherwise."""
+    on = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    kinds = torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
+    return any(enabled and kind is torch.float16 for enabled, kind in zip(on, kinds, strict=True))

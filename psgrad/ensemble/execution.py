@@ -49,30 +49,41 @@ class Execution:
         """How the last call ran."""
         return self._last
 
-    def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
-        """Every member's output, trees of `[K, ...]`."""
+    def refusal(self, inputs: Sequence[Any], own: bool, members: int) -> str | None:
+        """Why these inputs run member after member; None if folded, or if that is still to be checked."""
         if self.strategy == "loop":
-            return self._loop(inputs, own, members, randomness, "asked for")
+            return "asked for"
         if not all(isinstance(value, Tensor) for value in inputs):
-            return self._loop(inputs, own, members, randomness, "an input is no tensor")
-        values = [Value.stacked(x) if own else Value.shared(x, members) for x in inputs]
-        key = (len(inputs), members, trace_key(self.stacked))
+            return "an input is no tensor"
+        key = self._key(inputs, members)
         if key not in self._graphs:
             graph = trace_member(self.stacked, len(inputs))
-            if isinstance(graph, str):
-                self._graphs[key] = graph
-            else:
-                folded = FoldedGraph(self.stacked, graph, members)
-                return self._first(key, folded, values, inputs, own, randomness)
-        known = self._graphs[key]
-        if isinstance(known, str):
-            return self._loop(inputs, own, members, randomness, known)
-        slower = self._slower(key, values)
-        if slower is not None:
-            return self._loop(inputs, own, members, randomness, slower)
-        result = known.run(values, randomness)
-        self._last = EnsemblePlan(members, tuple(known.steps), None)
+            self._graphs[key] = graph if isinstance(graph, str) else FoldedGraph(self.stacked, graph, members)
+        graph_or_why = self._graphs[key]
+        if isinstance(graph_or_why, str):
+            return graph_or_why
+        return self._slower(key, _values(inputs, own, members)) if key in self._measures else None
+
+    def note_loop(self, members: int, why: str) -> None:
+        """Remember that a call ran member after member."""
+        self._last = EnsemblePlan(members, self._whole(why), why)
+
+    def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
+        """Every member's output, trees of `[K, ...]`."""
+        why = self.refusal(inputs, own, members)
+        if why is not None:
+            return self._loop(inputs, own, members, randomness, why)
+        key = self._key(inputs, members)
+        folded, values = self._graphs[key], _values(inputs, own, members)
+        assert isinstance(folded, FoldedGraph)
+        if key not in self._measures:
+            return self._first(key, folded, values, inputs, own, randomness)
+        result = folded.run(values, randomness)
+        self._last = EnsemblePlan(members, tuple(folded.steps), None)
         return result
+
+    def _key(self, inputs: Sequence[Any], members: int) -> Hashable:
+        return len(inputs), members, trace_key(self.stacked)
 
     def _first(
         self,
@@ -94,7 +105,6 @@ class Execution:
         else:
             found = check_against_alone(self.stacked, members, inputs, own, result, buffers, states)
         if found is None:
-            self._graphs[key] = folded
             self._measures[key] = folded.elements / max(1, _elements(values))
             slower = self._slower(key, values)  # from the next call on; this one is done
             steps = tuple(folded.steps) if slower is None else self._whole(slower)
@@ -127,7 +137,7 @@ class Execution:
     def _loop(
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, why: str
     ) -> Any:
-        self._last = EnsemblePlan(members, self._whole(why), why)
+        self.note_loop(members, why)
         parts = [x.unbind() if own and isinstance(x, Tensor) else (x,) * members for x in inputs]
         results = call_members(
             self.stacked, members, lambda k: (tuple(part[k] for part in parts), {}), randomness
@@ -141,3 +151,7 @@ class Execution:
 def _elements(values: Sequence[Value]) -> int:
     """How many input elements one member sees."""
     return sum(value.shape.numel() for value in values)
+
+
+def _values(inputs: Sequence[Tensor], own: bool, members: int) -> list[Value]:
+    return [Value.stacked(x) if own else Value.shared(x, members) for x in inputs]

@@ -1,0 +1,116 @@
+"""Losses of members that run one after the other, each with its gradient taken at once.
+
+A loop that first runs every member forward and then all backward holds K members' activations, and each
+is out of the cache when its turn comes: 1.2x to 1.3x slower than a plain loop of training steps. Here member
+k's gradient is taken before member k + 1 runs; `backward` then only multiplies it with what comes from above,
+which for K separate scalar losses is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from psgrad.ensemble.members import tensors_of
+from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.errors import ShapeError
+
+__all__ = ["eager_losses"]
+
+
+def eager_losses(
+    stacked: nn.Module,
+    fn: Callable[[Any, Any], Tensor],
+    args_of: Callable[[int], tuple[Any, ...]],
+    target_of: Callable[[int], Any],
+    randomness: MemberRandomness,
+) -> Tensor:
+    """`[K]` losses, differentiable once, in the memory of one member's activations.
+
+    Gradients reach the stacked parameters, and whatever else the loss depends on.
+
+    Raises
+    ------
+    ShapeError
+        If `fn` does not return a scalar.
+
+    """
+    tensors = tensors_of(stacked)
+    trained = {name: t for name, t in tensors.items() if t.requires_grad}
+    grads = [torch.zeros_like(t) for t in trained.values()]
+    used = [False] * len(grads)  # a parameter that no member uses has no gradient, as alone
+    foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
+    losses = []
+    for k in range(len(randomness.generators)):
+        parts = {name: t.detach()[k].requires_grad_(name in trained) for name, t in tensors.items()}
+        with randomness.of(k):
+            loss = fn(functional_call(stacked, parts, args_of(k)), target_of(k))
+        if loss.ndim:
+            raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
+        losses.append(loss.detach())
+        if not loss.requires_grad:
+            continue
+        leaves = [parts[name] for name in trained]
+        others = _other_leaves(loss, leaves)
+        found = torch.autograd.grad(loss, [*leaves, *others], allow_unused=True, retain_graph=bool(others))
+        for i, grad in enumerate(found[: len(leaves)]):
+            if grad is not None:
+                grads[i][k] = grad
+                used[i] = True
+        for other, grad in zip(others, found[len(leaves) :], strict=True):
+            if grad is not None:
+                foreign.setdefault(other, []).append((k, grad))
+    kept = [grad if is_used else None for grad, is_used in zip(grads, used, strict=True)]
+    return _Losses.apply(torch.stack(losses), kept, list(foreign.values()), *trained.values(), *foreign)
+
+
+class _Losses(torch.autograd.Function):
+    """Losses whose gradients are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        losses: Tensor,
+        grads: Sequence[Tensor | None],
+        foreign: Sequence[Sequence[tuple[int, Tensor]]],
+        *_tensors: Tensor,
+    ) -> Tensor:
+        ctx.grads, ctx.foreign = grads, foreign
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the losses of an ensemble that runs member after member are differentiable once, and"
+                ' create_graph=True asks for more: build it with strategy="folded", or call the loss on ens(x)'
+            )
+        grads = ctx.grads
+        if not bool((above == 1).all()):
+            grads = [
+                None if g is None else g * above.to(g.dtype).reshape(-1, *(1,) * (g.ndim - 1)) for g in grads
+            ]
+        foreign = [torch.stack([above[k] * g for k, g in parts]).sum(0) for parts in ctx.foreign]
+        return (None, None, None, *grads, *foreign)
+
+
+def _other_leaves(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves that the loss depends on besides a member's own parameters: found in its graph."""
+    own = {id(leaf) for leaf in leaves}
+    seen: set[Any] = set()
+    pending: list[Any] = [loss.grad_fn]
+    others: list[Tensor] = []
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not node.next_functions and id(variable) not in own:
+            others.append(variable)
+        pending += [following for following, _ in node.next_functions]
+    return others
