@@ -41,8 +41,7 @@ def eager_losses(
     """
     tensors = tensors_of(stacked)
     trained = {name: t for name, t in tensors.items() if t.requires_grad}
-    grads = [torch.zeros_like(t) for t in trained.values()]
-    used = [False] * len(grads)  # a parameter that no member uses has no gradient, as alone
+    grads: list[list[Tensor | None]] = [[] for _ in trained]
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
     for k in range(len(randomness.generators)):
@@ -53,19 +52,26 @@ def eager_losses(
             raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
         losses.append(loss.detach())
         if not loss.requires_grad:
+            for of_member in grads:
+                of_member.append(None)
             continue
         leaves = [parts[name] for name in trained]
         others = _other_leaves(loss, leaves)
         found = torch.autograd.grad(loss, [*leaves, *others], allow_unused=True, retain_graph=bool(others))
-        for i, grad in enumerate(found[: len(leaves)]):
-            if grad is not None:
-                grads[i][k] = grad
-                used[i] = True
+        for of_member, grad in zip(grads, found[: len(leaves)], strict=True):
+            of_member.append(grad)
         for other, grad in zip(others, found[len(leaves) :], strict=True):
             if grad is not None:
                 foreign.setdefault(other, []).append((k, grad))
-    kept = [grad if is_used else None for grad, is_used in zip(grads, used, strict=True)]
+    kept = [_stacked(of_member, t) for of_member, t in zip(grads, trained.values(), strict=True)]
     return _Losses.apply(torch.stack(losses), kept, list(foreign.values()), *trained.values(), *foreign)
+
+
+def _stacked(grads: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None:
+    """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
+    if all(grad is None for grad in grads):
+        return None
+    return torch.stack([torch.zeros_like(parameter[0]) if grad is None else grad for grad in grads])
 
 
 class _Losses(torch.autograd.Function):
@@ -87,7 +93,7 @@ class _Losses(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the losses of an ensemble that runs member after member are differentiable once, and"
-                ' create_graph=True asks for more: build it with strategy="folded", or call the loss on ens(x)'
+                ' create_graph=True asks for more: build it with strategy="folded", or use ens(x)'
             )
         grads = ctx.grads
         if not bool((above == 1).all()):
