@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -10,9 +11,19 @@ from psgrad.capture import Capture
 from psgrad.contribution import Contribution
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
+from psgrad.norm_statistics import NoiseScale, noise_scale, outliers
 from psgrad.per_sample import LossReduction, checked_reduction
 
 __all__ = ["GradNorms"]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one backward pass showed."""
+
+    norms: Tensor
+    per_layer: dict[str, Tensor]
+    squared_norm_of_mean: Tensor
 
 
 class GradNorms:
@@ -50,9 +61,14 @@ class GradNorms:
     ) -> None:
         self._reduction = checked_reduction(loss_reduction)
         self._held = Held()
-        self._squared_sum: Tensor | None = None
-        self._per_layer: dict[str, Tensor] | None = None
+        self._seen: _Seen | None = None
         self._capture = Capture(module, self, rows_per_sample)
+
+    @property
+    def _last(self) -> _Seen:
+        if self._seen is None:
+            raise ConfigError("no backward pass has been seen yet")
+        return self._seen
 
     @property
     def per_layer(self) -> dict[str, Tensor]:
@@ -64,14 +80,46 @@ class GradNorms:
             If there was none.
 
         """
-        if self._per_layer is None:
-            raise ConfigError("no backward pass has been seen yet")
-        return self._per_layer
+        return self._last.per_layer
 
     @property
     def norms(self) -> Tensor:
         """Norms `[N]` over all trainable parameters, of the last backward pass; errors as `per_layer`."""
-        return total_norms(norms.square() for norms in self.per_layer.values())
+        return self._last.norms
+
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """How noisy a sample's gradient is, of the last backward pass (McCandlish et al. 2018).
+
+        Raises
+        ------
+        ConfigError
+            If there was none, or it had fewer than two samples.
+
+        """
+        return noise_scale(self.norms, self._last.squared_norm_of_mean)
+
+    def outliers(self, factor: float = 3.5) -> Tensor:
+        """Return the samples of the last backward pass with unusually large norms.
+
+        Parameters
+        ----------
+        factor
+            A norm is an outlier above `median + factor * 1.4826 MAD`, MAD the median absolute deviation:
+            robust to up to half of the samples (Iglewicz and Hoaglin 1993, who use 3.5).
+
+        Returns
+        -------
+        Tensor
+            Indices `[k]`, int64, the largest norm first; samples whose gradient is not finite before all.
+
+        Raises
+        ------
+        ConfigError
+            If there was no backward pass, or the factor is negative.
+
+        """
+        return outliers(self.norms, factor)
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
@@ -79,10 +127,14 @@ class GradNorms:
 
     def finish(self, samples: int) -> None:
         """Publish the norms; part of `backward`."""
-        scale = samples if self._reduction == "mean" else 1
-        self._per_layer = {path: norms * scale for path, norms in self._held.per_layer().items()}
-        self._squared_sum = self._held.release_all() / (
-            1 if self._reduction == "mean" else max(1, samples) ** 2
+        mean = self._reduction == "mean"
+        per_layer = self._held.per_layer()
+        norms = total_norms(self._held.sq_norms().values())
+        squared_norm = self._held.release_all()
+        self._seen = _Seen(
+            norms * samples if mean else norms,
+            {path: layer * samples if mean else layer for path, layer in per_layer.items()},
+            squared_norm if mean else squared_norm / max(1, samples) ** 2,
         )
 
     def abandon(self) -> None:

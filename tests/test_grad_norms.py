@@ -64,3 +64,54 @@ def test_an_empty_batch():
 def test_before_a_backward_pass_there_is_nothing_to_read():
     with GradNorms(nn.Linear(2, 2)) as monitor, pytest.raises(ConfigError, match="no backward"):
         _ = monitor.norms
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_noise_scale_is_that_of_the_written_out_gradients(reduction):
+    model, x = make("in-place residual", rows=8)
+    rows = torch.cat([g.flatten(1) for g in grads_one_by_one(model, squared_loss, [x]).values()], 1)
+    with GradNorms(model, reduction) as monitor:
+        (squared_loss(model, x) * (1 if reduction == "mean" else len(x))).backward()
+    trace = rows.var(0).sum()  # unbiased, N - 1
+    torch.testing.assert_close(monitor.noise_scale.trace, trace)
+    torch.testing.assert_close(monitor.noise_scale.squared_norm, rows.mean(0).square().sum() - trace / 8)
+    both = monitor.noise_scale + monitor.noise_scale
+    torch.testing.assert_close(both.simple, monitor.noise_scale.simple)
+
+
+def test_noise_scale_measures_a_spread_that_is_known():
+    """Gradients N(mean, 1) in 50 dimensions: tr(Sigma) = 50 and |G|^2 = 50 * 4."""
+    torch.manual_seed(0)
+    model = nn.Linear(50, 1, bias=False)
+    total = None
+    with GradNorms(model) as monitor:
+        for _ in range(200):
+            model(2 + torch.randn(8, 50)).mean().backward()
+            total = monitor.noise_scale if total is None else total + monitor.noise_scale
+    assert total.simple.item() == pytest.approx(50 / 200, rel=0.05)
+
+
+def test_the_noise_of_one_sample_cannot_be_told():
+    model = nn.Linear(3, 2)
+    with GradNorms(model) as monitor:
+        model(torch.ones(1, 3)).sum().backward()
+        with pytest.raises(ConfigError, match="two samples"):
+            _ = monitor.noise_scale
+
+
+def test_outliers_are_those_far_from_the_median_and_those_not_finite():
+    model = nn.Linear(2, 1, bias=False)
+    size = torch.tensor([1.0, 1.1, 30.0, 0.9, float("nan"), 1.05, 0.95, 40.0])
+    with GradNorms(model, "sum") as monitor:
+        model(size[:, None] * torch.tensor([1.0, 0.0])).sum().backward()
+    assert monitor.outliers().tolist() == [4, 7, 2]
+    assert monitor.outliers(factor=1e6).tolist() == [4]
+    with pytest.raises(ConfigError, match="factor"):
+        monitor.outliers(-1)
+
+
+def test_an_empty_batch_has_no_outliers():
+    model = nn.Linear(3, 2)
+    with GradNorms(model, "sum") as monitor:
+        model(torch.zeros(0, 3)).sum().backward()
+    assert monitor.outliers().tolist() == []
