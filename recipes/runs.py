@@ -14,10 +14,11 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from psgrad import ConfigError
 
-__all__ = ["Interruptible", "RunFolder", "plot_privacy"]
+__all__ = ["Interruptible", "RunFolder", "plot_norms", "plot_privacy"]
 
 mpl.use("Agg")
 
@@ -58,7 +59,7 @@ class RunFolder:
         """Where the metrics are."""
         return self.path / "metrics.jsonl"
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: float | str) -> None:
         """Append one line of metrics."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.metrics.open("a") as file:
@@ -145,4 +146,42 @@ def plot_privacy(history: list[dict[str, float]], path: Path, title: str) -> Non
     bottom.set_xlabel("step")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_norms(
+    accuracies: dict[str, list[float]], norms: dict[str, Tensor], wrong: Tensor, path: Path, title: str
+) -> None:
+    """Draw test accuracy over the epochs, and the norms of samples with right and with wrong labels.
+
+    Parameters
+    ----------
+    accuracies
+        By way of training, after each epoch, fractions of 1.
+    norms
+        By way of training, `[N]` gradient norms after it.
+    wrong
+        `[N]` bool.
+    path
+        PNG to write.
+    title
+        Above the picture.
+
+    """
+    figure = Figure(figsize=(5 * (1 + len(norms)), 4), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(norms))
+    for way, values in accuracies.items():
+        left.plot(range(1, len(values) + 1), [100 * a for a in values], marker="o", ms=3, label=way)
+    left.set(xlabel="epoch", ylabel="test accuracy, right labels, %", title=title)
+    left.legend()
+    for axes, (way, each) in zip(others, norms.items(), strict=True):
+        each = each.clamp(min=1e-4).log10()
+        bins = torch.linspace(float(each.min()), float(each.max()) + 1e-3, 50).tolist()
+        for label, chosen in (("right label", ~wrong), ("wrong label", wrong)):
+            axes.hist([10**v for v in each[chosen].tolist()], [10**b for b in bins], alpha=0.6, label=label)
+        axes.set(xscale="log", xlabel="gradient norm of a training sample", ylabel="samples", title=way)
+        axes.legend()
+    for axes in (left, *others):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
