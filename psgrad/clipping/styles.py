@@ -117,7 +117,7 @@ class Flat(ClippingStyle):
 
 @dataclass(frozen=True)
 class PerLayer(ClippingStyle):
-    """`g_nl min(1, C_l / |g_nl|)` for every layer l on its own (McMahan et al. 2018, section 3.2).
+    """`g_nl min(1, C_l / |g_nl|)` for every layer l on its own (McMahan et al. 2018).
 
     Sensitivity of the clipped sum under add-or-remove-one: `sqrt(sum_l C_l^2)`.
 
@@ -182,7 +182,7 @@ class PerLayer(ClippingStyle):
 
 @dataclass(frozen=True)
 class Automatic(ClippingStyle):
-    """AUTO-S: `g_n C / (|g_n| + gamma)`, every gradient brought to nearly C (Bu et al. 2023, eq. 4.1).
+    """AUTO-S: `g_n C / (|g_n| + gamma)`, every gradient brought to nearly C (Bu et al. 2023).
 
     Sensitivity of the clipped sum under add-or-remove-one: C.
 
