@@ -41,13 +41,13 @@ class ClipNorms(Settings):
     """Let torchvision fetch what is missing in the data folder."""
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Chance of each training label to be replaced by a wrong one."""
-    max_norm: Positive = 0.2
+    max_norm: Positive = 0.1
     """Norm that each sample's gradient is clipped to."""
-    epochs: Count = 12
+    epochs: Count = 30
     """Passes over the training images."""
     batch_size: Count = 64
     """Images per step."""
-    learning_rate: Positive = 0.1
+    learning_rate: Positive = 0.02
     """Of SGD without clipping."""
     clipped_learning_rate: Positive = 0.5
     """Of SGD with clipping, whose gradients are shorter."""
