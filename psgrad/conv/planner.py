@@ -127,9 +127,10 @@ def keep_is_faster(problem: WeightGradProblem) -> bool:
     live = live_kernel(problem)
     problem = problem if live is None else live.problem
     grads, norms = choose(problem, "grads"), choose(problem, "sq_norms")
-    keep = grads.seconds[grads.chosen] + 2 * result / rates.bytes
+    keep = grads.seconds[grads.chosen] + 2 * (result / rates.bytes + rates.call)
     if problem.device.type != "cuda" and result > FRESH_BYTES:
         keep += result / FRESH_RATE
+    operands = problem.samples * operand_bytes(problem)
     ordinary = problem.flops * backend_slowdown(problem) / rates.flops
-    ordinary += problem.samples * operand_bytes(problem) / rates.bytes
+    ordinary += 2 * operands / rates.bytes + 6 * rates.call  # g is scaled first, and both are read
     return keep < norms.seconds[norms.chosen] + ordinary
