@@ -22,11 +22,12 @@ def ordinary_weight_grad(
     an axis into the channels.
     """
     geometry = problem.geometry
-    if problem.positions == 1 and geometry.groups * groups_factor == 1:
-        # N O, N (Ik) -> O (Ik): a convolution with one output position is a matrix product
+    if problem.positions == 1 and groups_factor == 1:
+        # N G O, N G (Ik) -> G O (Ik): a convolution with one output position is a matrix product a group
         rows = x.shape[0]
-        window = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows)
-        return (grad.flatten(1).t() @ window.reshape(rows, -1)).reshape(problem.weight_shape)
+        window = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows).squeeze(3)
+        grad = grad.reshape(rows, problem.groups, problem.out_per_group)
+        return (grad.permute(1, 2, 0) @ window.transpose(0, 1)).reshape(problem.weight_shape)
     out_channels, *rest = problem.weight_shape
     dummy = x.new_empty(()).expand(out_channels * groups_factor, *rest)
     weight_grad = torch.ops.aten.convolution_backward(

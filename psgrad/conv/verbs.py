@@ -141,7 +141,9 @@ def weighted_weight_grad(
     if x.is_cuda or not factors.all():
         removed = rows == 0
         weighted, x = weighted.masked_fill(removed, 0), x.masked_fill(removed, 0)
-    live = live_kernel(problem) if problem.positions > 1 else None  # one position is a product anyway
+    # A dense layer's one position is a product, whose zeros cost less than to put them back.
+    dense = problem.positions == 1 and problem.groups == 1
+    live = None if dense else live_kernel(problem)
     if live is None:
         return ordinary_weight_grad(x, weighted, problem)
     return live.embed(ordinary_weight_grad(live.crop(x), weighted, live.problem))

@@ -90,3 +90,15 @@ def _reference(
         groups=1,
     )
     return torch.tensordot(factors, grads, 1)
+
+
+def test_one_output_position_is_a_matrix_product_for_every_group() -> None:
+    x, grad = torch.randn(5, 6, 1, 1).double(), torch.randn(5, 9, 1, 1).double()
+    factors, geometry = torch.rand(5).double(), ConvGeometry(7, padding=3, groups=3)
+    with Products() as products:
+        actual = weighted_weight_grad(x, grad, (9, 2, 7, 7), geometry, factors)
+    assert not products.weights
+    weight = torch.zeros(9, 2, 7, 7, dtype=torch.double, requires_grad=True)
+    out = torch.conv2d(x, weight, padding=3, groups=3)
+    (expected,) = torch.autograd.grad(out, weight, grad * factors.reshape(-1, 1, 1, 1))
+    torch.testing.assert_close(actual, expected)
