@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from psgrad.captured_call import captured_call
 from psgrad.contribution import KeptGrads, LayerUse
 from psgrad.errors import CaptureError, ShapeError
-from psgrad.layers import RULES, LayerCall, LayerRule
+from psgrad.layers import LayerCall, LayerRule
 from psgrad.parametrized import Carried, Computed
 from psgrad.recorder import Consumer, Recorder
 from psgrad.region import Region, first_rows
@@ -248,7 +248,9 @@ class Capture:
         batched &= self._batched.get(layer.path, batched)
         if not batched:
             raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
-        self._region = Region(str(layer), layer.module, self._record_written, self._run_linear, self._anchor)
+        self._region = Region(
+            str(layer), layer.module, self._record_written, self._run_function, self._anchor
+        )
         try:
             return self._region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
@@ -271,14 +273,14 @@ class Capture:
 
         return region.outside(all_samples, x)
 
-    def _run_linear(self, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor) -> Tensor:
-        """Run `F.linear` on parameters of a module that does without `nn.Linear`."""
+    def _run_function(
+        self, rule: LayerRule, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor
+    ) -> Tensor:
+        """Run what a module computes by `torch.nn.functional` as the layer that would compute it."""
         assert self._region is not None
-        use = nn.Module()
-        use.register_parameter("weight", weight)
-        use.register_parameter("bias", bias)
-        layer = Layer(self._owners[weight], use, RULES[nn.Linear])
-        return self._run_rule_in_region(self._region, layer, RULES[nn.Linear], x, [])
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", bias)
+        return self._run_rule_in_region(self._region, Layer(self._owners[weight], layer, rule), rule, x, [])
 
     def _run_rule(
         self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -18,6 +19,16 @@ class Intercepted(Protocol):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
         """`F.linear`."""
+
+    def layer_norm(
+        self,
+        input: Tensor,  # noqa: A002
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`F.layer_norm`."""
 
     def attention(
         self,
@@ -45,6 +56,8 @@ class Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._region.linear(*args, **kwargs)
+        if func is F.layer_norm:
+            return self._region.layer_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._region.attention(*args, **kwargs)
         if func in FACTORIES:

@@ -7,7 +7,7 @@ is run outside of the vmap, on all samples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError
 from psgrad.intercept import Intercept
-from psgrad.layers import rule_for
+from psgrad.layers import RULES, LayerRule, rule_for
 from psgrad.swap import swapped
 
 __all__ = ["Region", "first_rows"]
 
 Record = Callable[[nn.Parameter, Tensor], None]
-LinearUse = Callable[[nn.Parameter, nn.Parameter | None, Tensor], Tensor]
+Use = Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
 
 
 class Region:
@@ -47,20 +47,19 @@ class Region:
         `outside`.
     record
         Called in backward with a parameter and its `[N, *shape]` gradient, once per region.
-    linear
-        Computes and captures `F.linear(x, weight, bias)` for two of the parameters, in the region.
+    use
+        Computes and captures, in the region, what a rule says of a module without parameters that is given
+        two of the region's, as its weight and bias.
     anchor
         A scalar that requires grad.
 
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, record: Record, linear: LinearUse, anchor: Tensor
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, record: Record, use: Use, anchor: Tensor) -> None:
         self._name = name
         self._module = module
         self._record = record
-        self._linear = linear
+        self._use = use
         self._anchor = anchor
         self._level: int | None = None  # of the vmap
         self._copies: dict[nn.Parameter, Tensor] = {}
@@ -200,11 +199,29 @@ class Region:
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
         """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
-        original = self._originals.get(id(weight))
-        if original is None:
+        if id(weight) not in self._originals:
             return F.linear(input, weight, bias)
+        return self._by_rule(RULES[nn.Linear], nn.Module(), input, weight, bias)
+
+    def layer_norm(
+        self,
+        input: Tensor,  # noqa: A002
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Compute `F.layer_norm`, by its rule where the weight is a parameter as it is."""
+        if weight is None or id(weight) not in self._originals:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        layer = nn.LayerNorm(tuple(normalized_shape), eps, elementwise_affine=False)
+        return self._by_rule(RULES[nn.LayerNorm], layer, input, weight, bias)
+
+    def _by_rule(
+        self, rule: LayerRule, layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         known_bias = self._originals.get(id(bias))
-        out = self._linear(original, known_bias, input)
+        out = self._use(rule, layer, self._originals[id(weight)], known_bias, x)
         return out if bias is None or known_bias is not None else out + bias
 
     def attention(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import StochasticDepth
 
 from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
@@ -103,6 +104,21 @@ class UsesChildsWeights(nn.Module):
         return self.c(x @ self.c.weight).mean(1)
 
 
+class NormalisesByFunction(nn.Module):
+    """Layer norms by function: over channels, with a bias that is computed, with a weight that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = LayerNorm2d(3)
+        self.weight = nn.Parameter(torch.randn(3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(x.mT.unsqueeze(3)).squeeze(3).mT)
+        x = x + F.layer_norm(x, [3], self.weight, self.bias.sin(), 0.1)
+        return F.layer_norm(x.cos(), (3,), self.weight.sin(), self.bias)
+
+
 class WritesInPlace(nn.Module):
     """Fresh tensors that are written to, in a module with parameters of its own."""
 
@@ -133,6 +149,7 @@ MODELS = {
     "attention with all options": (lambda: CrossAttention(add_bias_kv=True, add_zero_attn=True), SEQUENCE),
     "attention of other sizes": (lambda: CrossAttention(kdim=4, vdim=4, bias=False), SEQUENCE),
     "children's weights": (UsesChildsWeights, SEQUENCE),
+    "norms by function": (NormalisesByFunction, SEQUENCE),
     "written in place": (WritesInPlace, SEQUENCE),
 }
 
@@ -213,6 +230,19 @@ def test_children_of_an_owner_keep_their_rules():
         "b": {"LayerUse", "KeptGrads"},
         "c": {"LayerUse", "KeptGrads"},
     }
+
+
+def test_layer_norm_by_function_keeps_its_rule():
+    model, x = make("norms by function")
+    with PerSampleGrads(model) as handle:
+        kinds = []
+        add = handle.add
+        handle.add = lambda c: (kinds.append((c.path, type(c).__name__)), add(c))
+        squared_loss(model, x).backward()
+    # the region's own: both layer norms' computed parameters
+    assert ("norm", "LayerUse") in kinds
+    assert ("norm", "KeptGrads") not in kinds
+    assert sorted(kind for path, kind in kinds if not path) == ["KeptGrads", "KeptGrads", "LayerUse"]
 
 
 def test_only_the_module_around_other_rows_becomes_a_region():
