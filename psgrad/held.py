@@ -2,7 +2,7 @@
 
 Per layer, one of two things is held: the written-out per-sample gradients, or the layer's input and output
 gradient, from which one ordinary weight gradient on the scaled output gradient gives the weighted sum. The
-layer's rule says which.
+layer's rule says which. Of a layer that is called several times, the calls are held until all are in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from psgrad.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
+from psgrad.repeated_use import RepeatedUse, repeated
 
 __all__ = ["Held", "total_norms"]
 
@@ -29,14 +30,30 @@ class Held:
     def add(self, contribution: Contribution) -> None:
         """Take a contribution. A parameter that was used before has the norm of the sum of its uses."""
         while earlier := self._overlapping(contribution):
-            # both must be written out to be added up, sample by sample
             self._held = [entry for entry in self._held if entry[0] is not earlier]
-            contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
             for p in earlier.parameters:
                 del self._where[p]
+            together = repeated(earlier, contribution)
+            if together is not None:
+                self._hold(together, {})
+                return
+            # both must be written out to be added up, sample by sample
+            contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
         held = contribution.kept()
-        self._held.append((held, held.sq_norms()))
-        self._where.update(dict.fromkeys(held.parameters, held))
+        self._hold(held, held.sq_norms())
+
+    def _hold(self, contribution: Contribution, sq_norms: PerParameter) -> None:
+        self._held.append((contribution, sq_norms))
+        self._where.update(dict.fromkeys(contribution.parameters, contribution))
+
+    def _settled(self) -> list[tuple[Contribution, PerParameter]]:
+        """Return what is held, with the norms also of layers that may have been called once more."""
+        for i, (contribution, _) in enumerate(self._held):
+            if isinstance(contribution, RepeatedUse):
+                held = contribution.kept()
+                self._held[i] = held, held.sq_norms()
+                self._where.update(dict.fromkeys(held.parameters, held))
+        return self._held
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
         """Return a held contribution that has a parameter of this one."""
@@ -48,7 +65,7 @@ class Held:
         Parameters that several modules share are counted where they were used first in backward.
         """
         sums: dict[str, Tensor] = {}
-        for contribution, sq_norms in self._held:
+        for contribution, sq_norms in self._settled():
             for sq_norm in sq_norms.values():
                 path = contribution.path
                 sums[path] = sums[path] + sq_norm if path in sums else sq_norm
@@ -56,14 +73,14 @@ class Held:
 
     def sq_norms(self) -> PerParameter:
         """Squared norms `[N]` of every parameter that contributed; float32 at least."""
-        return {p: sq_norm for _, sq_norms in self._held for p, sq_norm in sq_norms.items()}
+        return {p: sq_norm for _, sq_norms in self._settled() for p, sq_norm in sq_norms.items()}
 
     def release(self, factors: PerParameter) -> None:
         """Add `sum_n factors[p][n] * grads[p][n]` to every parameter's `.grad`, and hold nothing any more.
 
         `factors` is `[N]` for every parameter; parameters that are clipped together share one tensor.
         """
-        held = self._held
+        held = self._settled()
         self.clear()
         for contribution, _ in held:
             for shared in {id(f): f for f in map(factors.__getitem__, contribution.parameters)}.values():
@@ -80,7 +97,7 @@ class Held:
             The squared norm of all that was added, a scalar.
 
         """
-        held = self._held
+        held = self._settled()
         self.clear()
         norms: list[Tensor] = []
         for contribution, sq_norms in held:
