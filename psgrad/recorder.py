@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -35,6 +36,7 @@ class Recorder:
         self._check = check
         self._task: int | None = None
         self._seen: tuple[str, int] = ("", 0)
+        self._device_type = "cpu"
 
     def record(self, contribution: Contribution) -> None:
         """Hand over what a layer contributed; part of `backward`.
@@ -65,11 +67,9 @@ class Recorder:
                 f"one backward pass saw {samples} samples in {path!r} and {contribution.samples} in "
                 f"{contribution.path!r}: all inputs of a backward pass need the same batch"
             )
-        device_type = contribution.parameters[0].device.type
-        if not torch.is_autocast_enabled(device_type):
-            return self._consumer.add(contribution)
-        with torch.autocast(device_type, enabled=False):
-            return self._consumer.add(contribution)
+        self._device_type = contribution.parameters[0].device.type
+        with self._full_precision():
+            self._consumer.add(contribution)
 
     def forget_failed(self) -> None:
         """Drop what a backward pass left that ended in an error: called where none is running."""
@@ -84,5 +84,11 @@ class Recorder:
     def _finish(self) -> None:
         self._task = None
         self._check()
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             self._consumer.finish(self._seen[1])
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """Without autocast, should `backward` have been called in it."""
+        if not torch.is_autocast_enabled(self._device_type):
+            return nullcontext()
+        return torch.autocast(self._device_type, enabled=False)

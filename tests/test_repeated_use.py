@@ -58,3 +58,15 @@ def test_gradients_are_written_out_only_when_the_calls_are_larger(steps, written
     whole, rest = divmod(steps, 33)
     expected = [4 * 33] * whole + [4 * rest] if written else []
     assert [shape[0] for shape in made] == expected
+
+
+def test_norms_and_sums_are_computed_without_autocast():
+    """Those of several calls come when backward has ended, which may be in autocast still."""
+    seen = []
+    model = Recurrent(8, True)
+    with clip_per_sample(model, 1.0) as clip:
+        finish = clip.finish
+        clip.finish = lambda n: (seen.append(torch.is_autocast_enabled("cpu")), finish(n))
+        with torch.autocast("cpu", torch.bfloat16):
+            squared_loss(model, torch.randn(3, 4, 8)).backward()
+    assert seen == [False]
