@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from psgrad.capture import Capture
-from psgrad.contribution import Contribution
+from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
 from psgrad.norm_statistics import NoiseScale, noise_scale, outliers

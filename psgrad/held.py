@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from psgrad.contribution import Contribution, KeptGrads, PerParameter
+from psgrad.capture.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
 from psgrad.repeated_use import RepeatedUse, repeated

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from psgrad.capture import Capture
-from psgrad.contribution import Contribution
+from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
 
 __all__ = ["LossReduction", "PerSampleGrads", "checked_reduction"]

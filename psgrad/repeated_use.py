@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from psgrad.contribution import Contribution, KeptGrads, LayerUse, PerParameter
+from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.layers import LayerCall
 
 __all__ = ["RepeatedUse", "repeated"]

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from psgrad import ConfigError, GradNorms
+from tests.capture.test_capture import MODELS, make
 from tests.model_oracle import grads_one_by_one, squared_loss
-from tests.test_capture import MODELS, make
 
 
 @pytest.mark.parametrize("name", MODELS)

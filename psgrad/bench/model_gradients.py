@@ -14,8 +14,8 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from psgrad.bench.zoo import build, classification_loss, image_size, outline, still_random_modules, wake
+from psgrad.capture.survey import layers_of
 from psgrad.per_sample import PerSampleGrads
-from psgrad.survey import layers_of
 
 __all__ = ["CONTENDERS", "Outcome", "compare", "fallbacks"]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture import Capture
+from psgrad.capture.contribution import Contribution, PerParameter
 from psgrad.clipping.result import ClipResult, Gathered
 from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
 from psgrad.clipping.table import as_style
-from psgrad.contribution import Contribution, PerParameter
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
 from psgrad.per_sample import LossReduction, checked_reduction

@@ -22,7 +22,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from psgrad.contribution import Contribution, LayerUse
+from psgrad.capture.contribution import Contribution, LayerUse
 from psgrad.errors import ConfigError, ShapeError
 from psgrad.layers import RULES, LayerCall
 from psgrad.per_sample import accumulate

@@ -11,8 +11,8 @@ from torch import nn
 
 from psgrad import ConfigError, clip_per_sample
 from psgrad.clipping import STYLES, AdaptiveQuantile, Automatic, Flat, PerLayer, as_style
+from tests.capture.test_capture import MODELS, make
 from tests.model_oracle import grads_one_by_one, squared_loss
-from tests.test_capture import MODELS, make
 
 CASES = {
     "flat": Flat(0.3),

@@ -97,7 +97,7 @@ def test_grads_are_those_of_the_loop(case, samples, rows_per_sample):
 @pytest.mark.parametrize("held", ["written", "operands"])
 def test_clipped_sum_is_that_of_the_loop(case, samples, rows_per_sample, held, monkeypatch):
     """Both forms that clipping may hold between norms and sum."""
-    from psgrad.contribution import KeptGrads, LayerUse
+    from psgrad.capture.contribution import KeptGrads, LayerUse
 
     written = lambda use: KeptGrads(use.path, use.grads(), use.samples)  # noqa: E731  # a monkeypatch
     monkeypatch.setattr(LayerUse, "kept", written if held == "written" else lambda use: use)

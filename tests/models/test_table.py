@@ -10,7 +10,7 @@ import torch
 from psgrad import clip_per_sample
 from psgrad.bench.model_gradients import compare, fallbacks
 from psgrad.bench.zoo import build, classification_loss, image_size, model_names, outline
-from psgrad.survey import layers_of
+from psgrad.capture.survey import layers_of
 from tests.models.table import MODELS
 
 LARGEST_COMPARED = 100e6

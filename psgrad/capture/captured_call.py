@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psgrad.capture.survey import Layer
 from psgrad.errors import CaptureError
 from psgrad.layers import LayerRule
-from psgrad.survey import Layer
 
 __all__ = ["captured_call"]
 

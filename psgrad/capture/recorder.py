@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.autograd import Variable
 
-from psgrad.contribution import Contribution
+from psgrad.capture.contribution import Contribution
 from psgrad.errors import CaptureError, ShapeError
 
 __all__ = ["Consumer", "Recorder"]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, ShapeError
+from tests.capture.test_capture import make
 from tests.model_oracle import grads_one_by_one, squared_loss
-from tests.test_capture import make
 
 
 def test_a_parameter_used_elsewhere_is_named():

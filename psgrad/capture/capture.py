@@ -19,16 +19,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.captured_call import captured_call
-from psgrad.contribution import KeptGrads, LayerUse
+from psgrad.capture.captured_call import captured_call
+from psgrad.capture.contribution import KeptGrads, LayerUse
+from psgrad.capture.parametrized import Carried, Computed
+from psgrad.capture.recorder import Consumer, Recorder
+from psgrad.capture.region import Region, first_rows
+from psgrad.capture.shadow import shadow_forward, unshadow_forward
+from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
+from psgrad.capture.trial import other_number_of_samples, without_trace
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import LayerCall, LayerRule
-from psgrad.parametrized import Carried, Computed
-from psgrad.recorder import Consumer, Recorder
-from psgrad.region import Region, first_rows
-from psgrad.shadow import shadow_forward, unshadow_forward
-from psgrad.survey import Layer, layers_of, refuse_mixing, refuse_model
-from psgrad.trial import other_number_of_samples, without_trace
 
 __all__ = ["Capture", "Consumer"]
 

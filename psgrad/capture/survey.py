@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from psgrad.capture.shadow import ShadowForward
 from psgrad.errors import RefusedModelError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
-from psgrad.shadow import ShadowForward
 
 __all__ = ["Layer", "layers_of", "refuse_mixing", "refuse_model"]
 
@@ -29,7 +29,7 @@ class Layer:
     module
         The owner.
     rule
-        Its rule; None for a region (`psgrad.region`), which runs one sample at a time.
+        Its rule; None for a region (`psgrad.capture.region`), which runs one sample at a time.
     parameters
         The module's own, by name; also while a region shows the module copies of them.
 

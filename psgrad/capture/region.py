@@ -24,10 +24,10 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from psgrad.capture.intercept import Intercept
+from psgrad.capture.swap import swapped
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError
-from psgrad.intercept import Intercept
 from psgrad.layers import RULES, LayerRule, rule_for
-from psgrad.swap import swapped
 
 __all__ = ["Region", "first_rows"]
 

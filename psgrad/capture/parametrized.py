@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from psgrad.contribution import Contribution, KeptGrads, LayerUse, PerParameter
+from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.layers.base import squared_norms
 
 __all__ = ["Carried", "Computed"]

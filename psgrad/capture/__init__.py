@@ -1,0 +1,11 @@
+"""Capture: how one backward pass hands every layer's contribution over.
+
+`survey` says which modules own what is trained, and refuses; `capture` shadows their forward, `region`
+runs one sample at a time what no rule describes; `recorder` tells the consumer, in `contribution`s.
+"""
+
+from psgrad.capture.capture import Capture
+from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
+from psgrad.capture.recorder import Consumer
+
+__all__ = ["Capture", "Consumer", "Contribution", "KeptGrads", "LayerUse", "PerParameter"]
