@@ -1,53 +1,93 @@
 """Per-sample gradients of single convolutions, timed: `python -m recipes.bench_conv [--quick]`.
 
-Every contender is compared with a float64 loop first, and a wrong one gets no number. Then all are timed
-in turn, round after round, against the layer's ordinary weight gradient. Ctrl-C ends the measuring and
+psgrad by each strategy, Opacus, `torch.func`, ExpandedWeights and BackPACK on the layers of well-known
+networks. Every contender is compared with a float64 loop first, and a wrong one gets no number. Then all are
+timed in turn, round after round, against the layer's ordinary weight gradient. Ctrl-C ends the measuring and
 reports what there is.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Callable
-from functools import partial
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from tqdm import tqdm
 
 from psgrad import ConfigError, PsgradError
-from psgrad.bench import machine, report
-from psgrad.bench.cases import CASE_SETS
-from psgrad.bench.peers import SUITES
+from psgrad.bench import conv_report, machine, report
+from psgrad.bench.acceptance import looks_like_a_miss
+from psgrad.bench.case_sets import CASE_SETS, QUICK_CASES
+from psgrad.bench.cases import ConvCase
 from psgrad.bench.rules import RULE_CASES, measure_rule_case
-from psgrad.bench.sweep import Result, measure_case
-from psgrad.conv.strategies import Verb
+from psgrad.bench.sweep import Cell, DType, Result, Setting, measure, remeasure
+from psgrad.conv.planner import DeviceRates
+from psgrad.conv.rates import device_rates
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_conv.toml"
 Count = Annotated[int, Field(ge=1)]
-SetName = Literal["resnet18-cifar", "depthwise", "conv1d", "pointwise-and-groups", "tiny"]
+Positive = Annotated[float, Field(gt=0)]
+SetName = Literal[
+    "resnet18-32",
+    "resnet50-224",
+    "wrn-16-4",
+    "vgg11-32",
+    "convnext-depthwise",
+    "resnext-grouped",
+    "unet-transposed",
+    "audio-conv1d",
+    "video-conv3d",
+    "tiny",
+]
+SHARE_FOR_AGAIN = 0.2
+"""Of the time, for measuring again what looked like a miss."""
+QUICK_MINUTES = 1.6
 
 
 class BenchConv(Settings):
     """Time the ways of computing one convolution's per-sample weight gradients."""
 
-    suite: Literal["strategies", "norms", "rules"] = "strategies"
-    """Ways of computing per-sample gradients, their norms, or the batch rules under torch.vmap."""
     sets: Annotated[tuple[SetName, ...], Field(min_length=1)] = ("tiny",)
-    """Sets of layers."""
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (8,)
-    """Samples per batch."""
-    rounds: Count = 11
-    """Timed rounds per layer and batch size."""
+    """Networks whose layers are measured."""
+    suites: Annotated[tuple[Literal["grads", "sq_norms", "weighted_sum"], ...], Field(min_length=1)] = (
+        "grads",
+        "sq_norms",
+        "weighted_sum",
+    )
+    """What is computed: per-sample gradients, their squared norms, a weighted sum of them."""
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 8, 64, 256)
+    """Samples per batch, float32."""
+    dtypes: Annotated[tuple[DType, ...], Field(min_length=1)] = ("float32",)
+    """Of the operands; tf32 needs CUDA."""
+    batch_sizes_of_other_dtypes: Annotated[tuple[Count, ...], Field(min_length=1)] = (8,)
+    """Samples per batch in every dtype but float32."""
+    memory_limit_mib: Count = 512
+    """Settings whose operands or per-sample gradients need more are left out, and listed."""
+    gflop_limit: Positive = 5.0
+    """Settings whose ordinary weight gradient needs more GFLOP are left out, and listed."""
+    minutes: Positive = 11.0
+    """Time for everything; what a layer may take follows from it. One that has not begun then is left out."""
+    rounds: Count = 15
+    """Timed rounds at most; fewer when the numbers have settled or the time is used up."""
+    rules: bool = False
+    """The batch rules of convolution under torch.vmap instead."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     quick: bool = False
-    """A look in under two minutes: batches of 4, seven rounds."""
-    out: Path = Path("runs/bench_conv")
-    """Folder of the table, the picture and the JSON."""
+    """A look in two minutes: two layers of each network, batches of 1 and 16, float32."""
+    out: Path | None = None
+    """Folder of the report; without one docs/results/MACHINE/bench_conv, for a quick look runs/bench_conv."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,45 +96,178 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If Ctrl-C came before the first layer was done.
+        If a dtype does not fit the device, or Ctrl-C came before the first layer was done.
 
     """
+    begun = time.monotonic()
     settings = from_command_line(BenchConv, DEFAULT, argv)
     report.require_extra()
-    batch_sizes, rounds = ((4,), 7) if settings.quick else (settings.batch_sizes, settings.rounds)
-    measure: dict[str, Callable[..., list[Result]]] = {}
-    if settings.suite == "rules":
-        title, floor = "Batch rules of convolution under torch.vmap", "same call on PyTorch's own rules"
-        measure = {rule.name: partial(measure_rule_case, rule) for rule in RULE_CASES}
-    else:
-        verb: Verb = "grads" if settings.suite == "strategies" else "sq_norms"
-        what = "gradients" if verb == "grads" else "gradient norms"
-        title, floor = f"Per-sample {what} of a convolution", "layer's ordinary weight gradient"
-        measure = {
-            f"{case.name}, N={n}": partial(measure_case, case, n, SUITES[settings.suite], verb=verb)
-            for name in settings.sets
-            for case in CASE_SETS[name]
-            for n in batch_sizes
-        }
+    if "tf32" in settings.dtypes and settings.device == "cpu":
+        raise ConfigError("dtypes: tf32 is arithmetic of NVIDIA's tensor cores; on the CPU take float32")
+    # of vmap, seen in its numbers; and of modules called without their hooks
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    if settings.rules:
+        return bench_rules(settings)
 
-    results: list[Result] = []
-    with tqdm(measure.items(), desc="bench", unit="case") as bar, Interruptible() as interrupt:
-        for name, run in bar:
-            bar.set_postfix_str(name)
-            results += run(rounds=rounds, device=settings.device, stop=lambda: interrupt.asked)
-            if interrupt.asked:
-                break
+    rates = {dtype: rates_in(dtype, settings.device) for dtype in settings.dtypes}
+    todo, left_out = select(settings)
+    end = begun + 60 * (QUICK_MINUTES if settings.quick else settings.minutes)
+    again_from = end - SHARE_FOR_AGAIN * (end - time.monotonic())
+    cells: list[Cell] = []
+    with fresh_choices(), Interruptible() as interrupt:
+        with tqdm(todo, desc="bench", unit="layer") as bar:
+            for i, setting in enumerate(bar):
+                bar.set_postfix_str(str(setting))
+                left = again_from - time.monotonic()
+                if left <= 0:
+                    left_out[str(setting)] = "the time was used up"
+                    continue
+                # half for the check before the timing, and for the first calls
+                seconds = 0.5 * left / (len(todo) - i) / len(settings.suites)
+                cells += measure(
+                    setting,
+                    settings.suites,
+                    seconds=seconds,
+                    memory_limit=settings.memory_limit_mib * 2**20,
+                    rounds=settings.rounds,
+                    device=settings.device,
+                    stop=lambda: interrupt.asked,
+                )
+                if interrupt.asked:
+                    break
+        cells = measure_again(cells, end, settings.device, interrupt)
     if interrupt.asked:
         print("interrupted; this is what was measured")
-    if not results:
+    if not cells:
         raise ConfigError("nothing was measured")
 
-    about = {**machine.describe(settings.device), "rounds": str(rounds)}
-    report.write(results, settings.out, title=title, about=about, floor=floor)
+    about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}, more where repeated"}
+    about["taken"] = f"{(time.monotonic() - begun) / 60:.1f} minutes" + (
+        ", interrupted" if interrupt.asked else ""
+    )
+    for dtype, rate in rates.items():
+        about[f"rates, {dtype}"] = (
+            f"{rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, {1e6 * rate.call:.1f} us a call"
+        )
+    out = settings.out or default_folder(settings, about["machine"])
+    conv_report.write(cells, out, about=about, rates=rates, left_out=left_out)
+    print(conv_report.acceptance_table(cells))
+    print(f"\n{len(cells)} cases, {len(left_out)} settings left out; written to {out}")
+    return 0
+
+
+def select(settings: BenchConv) -> tuple[list[Setting], dict[str, str]]:
+    """Return what is to be measured, each layer once, and what is left out with the reason."""
+    sets = {name: CASE_SETS[name] for name in settings.sets}
+    if settings.quick:
+        sets = {name: QUICK_CASES.get(name, cases) for name, cases in sets.items()}
+    network: dict[ConvCase, SetName] = {}
+    for name, cases in sets.items():
+        for case in cases:
+            network.setdefault(case, name)
+    todo, left_out = [], {}
+    for dtype in ("float32",) if settings.quick else settings.dtypes:
+        others = settings.batch_sizes_of_other_dtypes
+        sizes = settings.batch_sizes if dtype == "float32" else others
+        for case, name in network.items():
+            for n in (1, 16) if settings.quick else sizes:
+                setting = Setting(name, case, n, dtype)
+                reason = too_large(setting, settings)
+                if reason is None:
+                    todo.append(setting)
+                else:
+                    left_out[str(setting)] = reason
+    return todo, left_out
+
+
+def too_large(setting: Setting, settings: BenchConv) -> str | None:
+    """Why a setting is left out, or None."""
+    case, n, limit = setting.case, setting.batch_size, settings.memory_limit_mib * 2**20
+    result, operands = case.result_bytes(n, setting.itemsize), case.operand_bytes(n, setting.itemsize)
+    if result > limit:
+        return f"per-sample gradients of {result / 2**20:.0f} MiB"
+    if operands > limit:
+        return f"operands of {operands / 2**20:.0f} MiB"
+    if case.flops(n) > 1e9 * settings.gflop_limit:
+        return f"{case.flops(n) / 1e9:.1f} GFLOP"
+    return None
+
+
+def measure_again(cells: list[Cell], end: float, device: str, interrupt: Interruptible) -> list[Cell]:
+    """Return the cells, those that looked like a miss measured longer while time is left."""
+    suspects = [i for i, cell in enumerate(cells) if looks_like_a_miss(cell)]
+    cells = list(cells)
+    for done, i in enumerate(tqdm(suspects, desc="again", unit="case")):
+        left = end - time.monotonic()
+        if interrupt.asked or left <= 0:
+            break
+        seconds = min(10.0, max(0.3, left / (len(suspects) - done)))
+        cells[i] = remeasure(cells[i], seconds=seconds, device=device, stop=lambda: interrupt.asked)
+    return cells
+
+
+def rates_in(dtype: DType, device: str) -> DeviceRates:
+    """Rates of the device in a dtype."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        return device_rates(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def fresh_choices() -> Iterator[None]:
+    """While entered, "measure" knows nothing from earlier runs, and leaves nothing to later ones."""
+    before = os.environ.get("PSGRAD_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PSGRAD_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PSGRAD_CACHE"]
+            else:
+                os.environ["PSGRAD_CACHE"] = before
+
+
+def default_folder(settings: BenchConv, processor: str) -> Path:
+    """Return where a report goes that was not told where."""
+    if settings.quick:
+        return Path("runs/bench_conv")
+    noise = {"r", "tm", "intel", "processor", "cpu"}
+    words = [word for word in re.findall(r"[a-z0-9]+", processor.lower()) if word not in noise]
+    if settings.device == "cpu":
+        words += [str(os.cpu_count()), "cores"]
+    return Path("docs/results") / "-".join(words) / "bench_conv"
+
+
+def bench_rules(settings: BenchConv) -> int:
+    """Measure the batch rules instead; the exit status.
+
+    Raises
+    ------
+    ConfigError
+        If Ctrl-C came before the first case was done.
+
+    """
+    results: list[Result] = []
+    with tqdm(RULE_CASES, desc="bench", unit="case") as bar, Interruptible() as interrupt:
+        for case in bar:
+            bar.set_postfix_str(case.name)
+            results += measure_rule_case(
+                case, rounds=settings.rounds, device=settings.device, stop=lambda: interrupt.asked
+            )
+            if interrupt.asked:
+                break
+    if not results:
+        raise ConfigError("nothing was measured")
+    about = {**machine.describe(settings.device), "rounds": str(settings.rounds)}
+    title, floor = "Batch rules of convolution under torch.vmap", "same call on PyTorch's own rules"
+    out = settings.out or Path("runs/bench_conv_rules")
+    report.write(results, out, title=title, about=about, floor=floor)
     print(report.table(results))
-    print()
-    print(report.summary(results))
-    print(f"\nwritten to {settings.out}")
+    print(f"\n{report.summary(results)}\n\nwritten to {out}")
     return 0
 
 

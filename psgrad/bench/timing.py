@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from statistics import median, quantiles
 
 import torch
@@ -41,6 +41,11 @@ class Measurement:
     def ratio(self) -> float:
         """Median of the ratios."""
         return median(self.ratios)
+
+    @property
+    def least_seconds(self) -> float:
+        """Of one call, the least: a machine may be busy, but is never too fast."""
+        return min(self.seconds)
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -77,6 +82,8 @@ def interleave(
     rounds: int,
     stopwatch: Stopwatch = on_cpu,
     least_seconds: float = 5e-3,
+    seconds_each: float = inf,
+    settled: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measurement]:
     """Time the floor and each contender once a round, `rounds` times.
@@ -99,6 +106,12 @@ def interleave(
         `on_cpu` or `on_cuda`.
     least_seconds
         Shortest time to measure at once.
+    seconds_each
+        Time for one contender; who has used it up sits out the rounds that are left, after one at least.
+        Rounds end when the floor alone is left.
+    settled
+        Rounds end, after five, when everyone who still runs has quartiles closer together than this part
+        of the median.
     stop
         Asked before every round; once it says yes, the rounds so far are returned.
 
@@ -109,23 +122,36 @@ def interleave(
 
     """
     everyone = {"": floor, **contenders}
-    repeats = {}
+    repeats, used = {}, {}
     for name, run in everyone.items():
-        stopwatch(run, 1)
-        repeats[name] = max(1, ceil(least_seconds / max(stopwatch(run, 1), 1e-9)))
+        first_call = stopwatch(run, 1)
+        call = stopwatch(run, 1) if first_call < seconds_each else first_call
+        repeats[name] = max(1, ceil(least_seconds / max(call, 1e-9)))
+        used[name] = first_call if name and repeats[name] == 1 else 0.0
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
     names = list(everyone)
     for turn in range(rounds):
-        if stop():
+        running = [name for name in names if not name or turn == 0 or used[name] < seconds_each]
+        if stop() or (contenders and running == [""]):
             break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(stopwatch(everyone[name], repeats[name]) / repeats[name])
+        if turn >= 5 and all(_narrow(seconds[name], seconds[""], settled) for name in running if name):
+            break
+        first = turn % len(running)
+        for name in running[first:] + running[:first]:
+            taken = stopwatch(everyone[name], repeats[name])
+            used[name] += taken
+            seconds[name].append(taken / repeats[name])
     if not seconds[""]:
         return {}
-    return {
-        name: Measurement(
-            tuple(seconds[name]), tuple(t / f for t, f in zip(seconds[name], seconds[""], strict=True))
-        )
-        for name in contenders
-    }
+    return {name: _measurement(seconds[name], seconds[""]) for name in contenders}
+
+
+def _measurement(seconds: list[float], floor: list[float]) -> Measurement:
+    """Ratios round by round; who sat out the last rounds has fewer."""
+    return Measurement(tuple(seconds), tuple(t / f for t, f in zip(seconds, floor, strict=False)))
+
+
+def _narrow(seconds: list[float], floor: list[float], settled: float) -> bool:
+    measurement = _measurement(seconds, floor)
+    low, high = measurement.spread
+    return high - low < settled * measurement.ratio

@@ -8,16 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from psgrad.bench.cases import CASE_SETS, ConvCase
+from psgrad.bench.case_sets import CASE_SETS
+from psgrad.bench.cases import ConvCase
 from psgrad.bench.gate import check, reference
-from psgrad.bench.peers import SUITES, ordinary_gradient, torch_func
-from psgrad.bench.sweep import measure_case
+from psgrad.bench.peers import PEERS, SUITES, factors, ordinary_gradient, torch_func
+from psgrad.bench.sweep import Setting, measure
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES
 from tests import oracle
 
 CASE = ConvCase("test", 4, 6, (7, 7), 3, stride=2, padding=1, dilation=1, groups=2)
-CASES = [CASE, *CASE_SETS["tiny"], replace(CASE, name="3-D", input_size=(4, 5, 4))]
+CASES = [
+    CASE,
+    *CASE_SETS["tiny"],
+    replace(CASE, name="3-D", input_size=(4, 5, 4)),
+    replace(CASE, name="3-D, no cubes", input_size=(4, 5, 4), kernel_size=(1, 3, 2), padding=(0, 1, 1)),
+    replace(CASE, name="transposed, groups", transposed=True),
+]
+CPU = {verb: [name for name in suite if name != "triton"] for verb, suite in SUITES.items()}
 
 
 def expected(case: ConvCase, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -29,6 +37,7 @@ def expected(case: ConvCase, x: torch.Tensor, grad: torch.Tensor) -> torch.Tenso
         padding=case.padding,
         dilation=case.dilation,
         groups=case.groups,
+        transposed=case.transposed,
     )
 
 
@@ -38,28 +47,45 @@ def test_the_reference_is_the_oracle(case: ConvCase) -> None:
     assert torch.equal(torch.stack(list(reference(case, x, grad))), expected(case, x, grad))
 
 
-@pytest.mark.parametrize("name", SUITES["strategies"])
+def cells(case: ConvCase, suite: dict, *, verb: str = "grads", n: int = 3, rounds: int = 2, **options):
+    options = {"seconds": 60.0, "memory_limit": 2**30} | options
+    setting = Setting("net", case, n, "float32")
+    return list(measure(setting, [verb], rounds=rounds, suites={verb: suite}, **options))
+
+
+@pytest.mark.parametrize("name", CPU["grads"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_contenders_are_right(case: ConvCase, name: str) -> None:
-    verdict = check(SUITES["strategies"][name](case), case, *case.operands(3))
+    if name == "ExpandedWeights" and case.transposed:
+        with pytest.raises(NotImplementedError, match="no transposed convolutions"):
+            SUITES["grads"][name](case)
+        return
+    verdict = check(SUITES["grads"][name](case), case, *case.operands(3))
     assert verdict.reason is None
     assert verdict.error < 1e-5
 
 
-@pytest.mark.parametrize("name", SUITES["norms"])
-def test_the_contenders_for_norms_are_right_and_a_wrong_one_is_not(name: str) -> None:
-    contender = SUITES["norms"][name](CASE)
-    assert check(contender, CASE, *CASE.operands(3), "sq_norms").reason is None
-    wrong = check(lambda x, grad: 1.1 * contender(x, grad), CASE, *CASE.operands(3), "sq_norms")
+@pytest.mark.parametrize("verb", ["sq_norms", "weighted_sum"])
+@pytest.mark.parametrize("name", CPU["sq_norms"])
+def test_the_contenders_for_norms_and_sums_are_right_and_a_wrong_one_is_not(name: str, verb: str) -> None:
+    if name not in SUITES[verb]:
+        return
+    contender = SUITES[verb][name](CASE)
+    assert check(contender, CASE, *CASE.operands(3), verb).reason is None
+    wrong = check(lambda x, grad: 1.1 * contender(x, grad), CASE, *CASE.operands(3), verb)
     assert wrong.reason == "wrong by 10.0%"
 
 
-def test_every_strategy_that_gives_gradients_is_a_contender() -> None:
+def test_the_weighted_sum_has_unequal_factors() -> None:
+    assert len(set(factors(torch.zeros(5)).tolist())) == 5
+
+
+@pytest.mark.parametrize("verb", ["grads", "sq_norms"])
+def test_every_strategy_that_serves_a_verb_is_a_contender(verb: str) -> None:
     problem = normalise(*CASE.operands(2), CASE.weight_shape, CASE.geometry)[2]
-    served = {name for name, strategy in STRATEGIES.items() if not strategy.refusal(problem, "grads")}
-    if not torch.cuda.is_available():
-        served -= {"triton"}
-    assert served <= set(SUITES["strategies"])
+    served = {name for name, strategy in STRATEGIES.items() if not strategy.refusal(problem, verb)}
+    assert served <= set(SUITES[verb])
+    assert set(PEERS) <= set(SUITES[verb])
 
 
 def test_torch_func_is_vmap_of_grad() -> None:
@@ -113,28 +139,31 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_contender_gets_no_number_only_its_error(kind: str) -> None:
     maker, words = WRONG[kind]
-    right = SUITES["strategies"]["loop"]
-    results = measure_case(CASE, 3, {"right": right, "wrong": maker, "also right": right}, rounds=2)
-    assert [r.contender for r in results] == ["right", "wrong", "also right"]
-    assert re.fullmatch(words, results[1].reason)
-    assert results[1].measurement is None
-    for result in (results[0], results[2]):
-        assert result.reason is None
-        assert len(result.measurement.ratios) == 2
+    right = SUITES["grads"]["loop"]
+    (cell,) = cells(CASE, {"right": right, "wrong": maker, "also right": right})
+    assert list(cell.verdicts) == ["right", "wrong", "also right"]
+    assert re.fullmatch(words, cell.verdicts["wrong"].reason)
+    assert set(cell.measurements) == {"right", "also right"}
+    assert all(len(measurement.ratios) == 2 for measurement in cell.measurements.values())
 
 
 def test_a_peer_that_is_wrong_on_a_layout_is_found() -> None:
     """Opacus unfolds a strided convolution's input as if it were contiguous."""
     case = ConvCase("patches", 4, 6, (8, 8), 2, stride=2, channels_last=True)
-    (result,) = measure_case(case, 3, {"opacus": SUITES["strategies"]["opacus"]}, rounds=1)
-    assert result.measurement is None
-    assert result.error > 0.1
+    (cell,) = cells(case, {"opacus": SUITES["grads"]["opacus"]})
+    assert cell.measurements == {}
+    assert cell.verdicts["opacus"].error > 0.1
 
 
-def test_all_wrong_is_still_a_result() -> None:
-    (result,) = measure_case(CASE, 3, {"wrong": raising}, rounds=2)
-    assert result.measurement is None
+def test_a_peer_that_takes_too_much_memory_is_not_run_and_says_so() -> None:
+    def must_not_run(case):
+        raise AssertionError
+
+    case = ConvCase("depthwise", 64, 64, (8, 8), 3, padding=1, groups=64)
+    (cell,) = cells(case, {"opacus": must_not_run, "loop": SUITES["grads"]["loop"]}, memory_limit=2**16)
+    assert re.fullmatch(r"not run: \d+\.\d GiB of temporaries", cell.verdicts["opacus"].reason)
+    assert set(cell.measurements) == {"loop"}
 
 
 def test_asked_to_stop_before_the_first_round_gives_nothing() -> None:
-    assert measure_case(CASE, 3, SUITES["strategies"], rounds=2, stop=lambda: True) == []
+    assert cells(CASE, SUITES["grads"], stop=lambda: True) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from psgrad.bench import machine, report
-from psgrad.bench.cases import CASE_SETS
+from psgrad.bench.case_sets import CASE_SETS, QUICK_CASES
 from psgrad.bench.sweep import Result, geometric_means
 from psgrad.bench.timing import Measurement
 from psgrad.errors import ConfigError
@@ -83,6 +83,7 @@ def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cases_of_a_set_are_possible_and_named_apart(name: str) -> None:
     cases = CASE_SETS[name]
     assert len({case.name for case in cases}) == len(cases)
+    assert set(QUICK_CASES.get(name, cases)) <= set(cases)
     for case in cases:
         assert min(case.geometry.output_size(case.input_size)) >= 1
         assert case.in_channels % case.groups == case.out_channels % case.groups == 0

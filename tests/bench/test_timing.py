@@ -65,6 +65,21 @@ def test_stopping_keeps_whole_rounds() -> None:
     assert interleave(runs("a"), lambda: "floor", rounds=9, stopwatch=clock, stop=lambda: True) == {}
 
 
+def test_who_has_used_up_its_time_sits_out() -> None:
+    clock = Clock({"floor": 1.0, "fast": 1.0, "slow": 50.0})
+    measured = interleave(runs("fast", "slow"), lambda: "floor", rounds=9, stopwatch=clock, seconds_each=6.5)
+    assert len(measured["slow"].ratios) == 1
+    assert measured["slow"].ratio == 50.0
+    assert len(measured["fast"].ratios) == 6  # one of its calls warmed up
+    assert clock.seen[-1][0] in ("fast", "floor")
+
+
+def test_rounds_end_when_the_numbers_have_settled() -> None:
+    clock = Clock({"floor": 1.0, "a": 2.0})
+    measured = interleave(runs("a"), lambda: "floor", rounds=99, stopwatch=clock, settled=0.05)
+    assert len(measured["a"].ratios) == 5
+
+
 def test_median_and_quartiles() -> None:
     measurement = Measurement(seconds=(1.0,) * 5, ratios=(5.0, 1.0, 3.0, 2.0, 4.0))
     assert measurement.ratio == 3.0

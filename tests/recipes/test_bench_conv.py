@@ -13,8 +13,21 @@ from typing import get_args
 import pytest
 
 from psgrad import ConfigError
-from psgrad.bench.cases import CASE_SETS
+from psgrad.bench.case_sets import CASE_SETS
+from psgrad.conv import rates
+from psgrad.conv.planner import DeviceRates
 from recipes import bench_conv
+from recipes.config import from_command_line
+
+DTYPES = ("float32", "bfloat16")
+TINY = ["--sets", "tiny", "--batch-sizes", "2", "--dtypes", "float32", "--minutes", "0.1", "--rounds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _rates_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PSGRAD_CACHE", str(tmp_path / "cache"))
+    known = DeviceRates(flops=1e11, bytes=1e10, call=1e-6)
+    monkeypatch.setattr(rates, "measure_rates", lambda device, dtype: known)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,45 +36,75 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_tiny_benchmark_from_end_to_end(tmp_path: Path) -> None:
-    done = run("--sets", "tiny", "--batch-sizes", "2", "3", "--rounds", "2", "--out", str(tmp_path))
+    out = tmp_path / "out"
+    done = run(*TINY, "--dtypes", "float32", "bfloat16", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "tiny 2-3 3x3 @5" in done.stdout
-    assert "geometric mean" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.md", "bench.png", "bench.json"}
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert {r["batch_size"] for r in record["results"]} == {2, 3}
-    assert all(r["reason"] is None and len(r["measurement"]["ratios"]) == 2 for r in record["results"])
-    assert len(record["results"]) == 2 * 2 * 6
-    assert record["about"]["rounds"] == "2"
+    assert "grads / floor, results under 32 MB, geometric mean" in done.stdout
+    record = json.loads((out / "bench.json").read_text())
+    assert {(c["dtype"], c["batch_size"]) for c in record["cells"]} == {("float32", 2), ("bfloat16", 8)}
+    assert {c["verb"] for c in record["cells"]} == {"grads", "sq_norms", "weighted_sum"}
+    assert all("ratio" in c["contenders"]["auto"] for c in record["cells"])
+    assert len(record["cells"]) == 3 * 3 * 2
+    assert record["rates"]["float32"]["flops"] > 0
+    pictures = {f"{verb}-{d}.png" for verb in get_args(bench_conv.conv_report.BenchVerb) for d in DTYPES}
+    assert {path.name for path in out.iterdir()} == {"bench.md", "bench.json"} | pictures
 
 
 def test_ctrl_c_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure = bench_conv.measure_case
+    measure = bench_conv.measure
 
     def interrupted(*args, **kwargs):
-        results = measure(*args, **kwargs)
+        cells = list(measure(*args, **kwargs))
         os.kill(os.getpid(), signal.SIGINT)
-        return results
+        return cells
 
-    monkeypatch.setattr(bench_conv, "measure_case", interrupted)
-    arguments = ["--sets", "tiny", "--batch-sizes", "2", "--rounds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(bench_conv, "measure", interrupted)
+    arguments = [*TINY, "--suites", "grads", "--out", str(tmp_path)]
     assert bench_conv.main(arguments) == 0
     assert "interrupted" in capsys.readouterr().out
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert {r["case"] for r in record["results"]} == {"tiny 2-3 3x3 @5"}
+    assert [c["layer"] for c in record["cells"]] == [CASE_SETS["tiny"][0].name]
+    assert "interrupted" in record["about"]["taken"]
 
-    monkeypatch.setattr(bench_conv, "measure_case", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or [])
+    monkeypatch.setattr(bench_conv, "measure", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or [])
     with pytest.raises(ConfigError, match="nothing was measured"):
         bench_conv.main(arguments)
+
+
+def settings(*arguments: str) -> bench_conv.BenchConv:
+    return from_command_line(bench_conv.BenchConv, bench_conv.DEFAULT, list(arguments))
+
+
+def test_each_layer_is_measured_once_and_what_is_too_large_is_listed_with_the_reason() -> None:
+    todo, left_out = bench_conv.select(settings("--batch-sizes", "1", "256"))
+    names = [str(setting) for setting in todo]
+    assert len(set(names)) == len(names)
+    assert len({(s.case, s.batch_size, s.dtype) for s in todo}) == len(todo)
+    layers = {case for name, cases in CASE_SETS.items() if name != "tiny" for case in cases}
+    assert len(todo) + len(left_out) == 3 * len(layers)
+    assert left_out["resnet18-32 512-512 3x3 @4 N=256 float32"] == "per-sample gradients of 2304 MiB"
+    assert left_out["resnet50-224 3-64 7x7/2 @224 N=256 float32"] == "operands of 931 MiB"
+    assert left_out["resnet18-32 64-64 3x3 @32 N=256 float32"] == "19.3 GFLOP"
+
+
+def test_tf32_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tf32 is arithmetic of NVIDIA's tensor cores"):
+        bench_conv.main(["--dtypes", "tf32", "--sets", "tiny"])
+
+
+def test_a_report_goes_to_the_folder_of_its_machine() -> None:
+    chosen = bench_conv.default_folder(settings(), "Intel(R) Xeon(R) Processor")
+    assert chosen == Path(f"docs/results/xeon-{os.cpu_count()}-cores/bench_conv")
+    assert bench_conv.default_folder(settings("--quick"), "any") == Path("runs/bench_conv")
 
 
 def test_every_set_can_be_chosen_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(get_args(bench_conv.SetName)) == set(CASE_SETS)
     with pytest.raises(SystemExit, match="2"):
         bench_conv.main(["--sets", "resnet"])
-    assert "resnet18-cifar" in capsys.readouterr().err
+    assert "resnet18-32" in capsys.readouterr().err
 
 
 def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
