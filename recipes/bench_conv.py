@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; this is what was measured")
     if not cells:
         raise ConfigError("nothing was measured")
+    cells = in_order(cells, settings)
 
     about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}, more where repeated"}
     about["taken"] = f"{(time.monotonic() - begun) / 60:.1f} minutes" + (
@@ -157,7 +158,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def select(settings: BenchConv) -> tuple[list[Setting], dict[str, str]]:
-    """Return what is to be measured, each layer once, and what is left out with the reason."""
+    """Return what is to be measured, each layer once, and what is left out with the reason.
+
+    The cheap come first: when the time is used up, the dearest are left out, whatever their network.
+    """
     sets = {name: CASE_SETS[name] for name in settings.sets}
     if settings.quick:
         sets = {name: QUICK_CASES.get(name, cases) for name, cases in sets.items()}
@@ -177,7 +181,28 @@ def select(settings: BenchConv) -> tuple[list[Setting], dict[str, str]]:
                     todo.append(setting)
                 else:
                     left_out[str(setting)] = reason
-    return todo, left_out
+    return sorted(todo, key=cheapness), left_out
+
+
+def cheapness(setting: Setting) -> float:
+    """Return about the seconds of an ordinary gradient and a look at its result, for sorting only."""
+    case, n = setting.case, setting.batch_size
+    return case.flops(n) / 1e11 + case.result_bytes(n) / 1e10
+
+
+def in_order(cells: list[Cell], settings: BenchConv) -> list[Cell]:
+    """Return the cells by dtype, network, layer and batch size, as the tables have them."""
+    layers = list(dict.fromkeys(case for name in settings.sets for case in CASE_SETS[name]))
+    dtypes = get_args(DType)
+    return sorted(
+        cells,
+        key=lambda cell: (
+            settings.suites.index(cell.verb),
+            dtypes.index(cell.setting.dtype),
+            layers.index(cell.setting.case),
+            cell.setting.batch_size,
+        ),
+    )
 
 
 def too_large(setting: Setting, settings: BenchConv) -> str | None:

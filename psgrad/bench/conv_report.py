@@ -160,7 +160,7 @@ def _ratio(cell: Cell, name: str, *, spread: bool = False) -> str:
 def draw(cells: Sequence[Cell], path: Path, title: str) -> None:
     """Draw who wins where: a row a layer, a panel a batch size, a column a contender, the least framed."""
     contenders = _contenders(cells)
-    sizes = list(dict.fromkeys(cell.setting.batch_size for cell in cells))
+    sizes = sorted({cell.setting.batch_size for cell in cells})
     layers = list(dict.fromkeys((cell.setting.network, cell.setting.case.name) for cell in cells))
     figure = Figure(
         figsize=(4 + 0.55 * len(contenders) * len(sizes), 2 + 0.24 * len(layers)), layout="constrained"

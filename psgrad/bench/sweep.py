@@ -220,7 +220,9 @@ def remeasure(
     x, grad = case.operands(cell.setting.batch_size, dtype=DTYPES[cell.setting.dtype], device=device)
     with _arithmetic(cell.setting.dtype):
         runs: dict[str, Run] = {name: partial(suites[cell.verb][name](case), x, grad) for name in names}
-        timed = _time(case, x, grad, runs, seconds=seconds, rounds=rounds, settled=0.0, stop=stop)
+        timed = _time(
+            case, x, grad, runs, seconds=seconds, rounds=rounds, least_rounds=7, settled=0.02, stop=stop
+        )
     if not timed:
         return cell
     return replace(cell, measurements=cell.measurements | timed, repeated=True)
@@ -236,6 +238,7 @@ def _time(
     rounds: int,
     stop: Callable[[], bool],
     settled: float = 0.05,
+    least_rounds: int = 2,
 ) -> dict[str, Measurement]:
     return interleave(
         runs,
@@ -244,6 +247,7 @@ def _time(
         stopwatch=on_cuda if x.is_cuda else on_cpu,
         least_seconds=2e-3,
         seconds_each=seconds / (1 + len(runs)),
+        least_rounds=least_rounds,
         settled=settled,
         stop=stop,
     )

@@ -83,6 +83,7 @@ def interleave(
     stopwatch: Stopwatch = on_cpu,
     least_seconds: float = 5e-3,
     seconds_each: float = inf,
+    least_rounds: int = 1,
     settled: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measurement]:
@@ -107,8 +108,11 @@ def interleave(
     least_seconds
         Shortest time to measure at once.
     seconds_each
-        Time for one contender; who has used it up sits out the rounds that are left, after one at least.
-        Rounds end when the floor alone is left.
+        Time for one contender; who has used it up sits out the rounds that are left. Rounds end when the
+        floor alone is left.
+    least_rounds
+        Rounds for everyone, whatever they take, but for those that took more than three times the fastest
+        contender's time in the first: one is enough to know them by.
     settled
         Rounds end, after five, when everyone who still runs has quartiles closer together than this part
         of the median.
@@ -131,7 +135,14 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
     names = list(everyone)
     for turn in range(rounds):
-        running = [name for name in names if not name or turn == 0 or used[name] < seconds_each]
+        fastest = min((seconds[name][0] for name in contenders), default=0.0) if turn else inf
+        running = [
+            name
+            for name in names
+            if not name
+            or used[name] < seconds_each
+            or turn < (1 if turn and seconds[name][0] > 3 * fastest else least_rounds)
+        ]
         if stop() or (contenders and running == [""]):
             break
         if turn >= 5 and all(_narrow(seconds[name], seconds[""], settled) for name in running if name):

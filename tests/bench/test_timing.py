@@ -74,6 +74,13 @@ def test_who_has_used_up_its_time_sits_out() -> None:
     assert clock.seen[-1][0] in ("fast", "floor")
 
 
+def test_the_first_rounds_are_for_everyone_but_the_slowest() -> None:
+    clock = Clock({"floor": 1.0, "fast": 30.0, "slow": 91.0})
+    names = runs("fast", "slow")
+    measured = interleave(names, lambda: "floor", rounds=9, stopwatch=clock, seconds_each=1.0, least_rounds=4)
+    assert {name: len(m.ratios) for name, m in measured.items()} == {"fast": 4, "slow": 1}
+
+
 def test_rounds_end_when_the_numbers_have_settled() -> None:
     clock = Clock({"floor": 1.0, "a": 2.0})
     measured = interleave(runs("a"), lambda: "floor", rounds=99, stopwatch=clock, settled=0.05)
