@@ -11,8 +11,9 @@ from psgrad.conv.choice import resolve
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel
 from psgrad.conv.ordinary import ordinary_weight_grad
-from psgrad.conv.planner import keep_is_faster
-from psgrad.conv.problem import normalise
+from psgrad.conv.planner import choose, keep_is_faster
+from psgrad.conv.problem import WeightGradProblem, normalise
+from psgrad.conv.strategies import STRATEGIES
 from psgrad.errors import ShapeError
 
 __all__ = ["clipping_keeps_grads", "weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
@@ -145,8 +146,16 @@ def weighted_weight_grad(
     dense = problem.positions == 1 and problem.groups == 1
     live = None if dense else live_kernel(problem)
     if live is None:
-        return ordinary_weight_grad(x, weighted, problem)
-    return live.embed(ordinary_weight_grad(live.crop(x), weighted, live.problem))
+        return _batch_weight_grad(x, weighted, problem)
+    return live.embed(_batch_weight_grad(live.crop(x), weighted, live.problem))
+
+
+def _batch_weight_grad(x: Tensor, grad_output: Tensor, problem: WeightGradProblem) -> Tensor:
+    """Sum the gradients over the batch; some depthwise layers make them ten times faster than their sum."""
+    chosen = choose(problem, "grads").chosen
+    if chosen == "correlate":
+        return STRATEGIES[chosen].grads(x, grad_output, problem).sum(0)
+    return ordinary_weight_grad(x, grad_output, problem)
 
 
 def clipping_keeps_grads(

@@ -1,6 +1,7 @@
 """The strategies, one file each, and the table that names them."""
 
 from psgrad.conv.strategies.base import Cost, Strategy, Verb
+from psgrad.conv.strategies.correlate import Correlate
 from psgrad.conv.strategies.gram import Gram
 from psgrad.conv.strategies.grouped import Grouped
 from psgrad.conv.strategies.loop import Loop
@@ -13,6 +14,7 @@ STRATEGIES: dict[str, Strategy] = {
     "loop": Loop(),
     "grouped": Grouped(),
     "unfold": Unfold(),
+    "correlate": Correlate(),
     "gram": Gram(),
     "triton": Triton(),
 }

@@ -1,0 +1,107 @@
+"""`correlate`: the forward convolution of x with its output's gradient as the kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies.base import (
+    Cost,
+    Strategy,
+    Verb,
+    operand_bytes,
+    rows_of,
+    samples_per_chunk,
+    with_samples,
+)
+
+__all__ = ["Correlate"]
+
+
+class Correlate(Strategy):
+    """`I(NGK), (NGO)K -> I(NGO)k -> N(GO)I k`: stride and dilation change places, groups N*G.
+
+    A weight gradient correlates x with grad, and that is what a convolution computes: with x's channels
+    as its batch, grad as its kernel and the weight as its output. Depthwise layers have the forward
+    kernels of a backend that their backward lacks.
+    """
+
+    name = "correlate"
+
+    def refusal(self, problem: WeightGradProblem, verb: Verb) -> str | None:
+        """Refuse all but depthwise layers: elsewhere it was never seen to win."""
+        if problem.samples == 0:
+            return "an empty batch has no groups"
+        if problem.in_per_group > 1 or problem.groups == 1:
+            return "not depthwise: a convolution with grad as its kernel is slower than one with few offsets"
+        return None
+
+    def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
+        """F FLOPs in a call a chunk."""
+        chunk = self._chunk(problem)
+        return Cost(
+            flops=problem.flops,
+            bytes=problem.samples * (operand_bytes(problem) + 2 * problem.gradient_bytes),
+            calls=5 * -(-problem.samples // chunk),
+            peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
+            slowdown=_slowdown(problem),
+        )
+
+    def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.grads`."""
+        chunk = self._chunk(problem)
+        if chunk >= problem.samples:
+            return _in_one_call(x, grad, problem).contiguous()
+        out = x.new_empty(problem.samples, *problem.weight_shape)
+        for start in range(0, problem.samples, chunk):
+            part = with_samples(problem, min(chunk, problem.samples - start))
+            rows = rows_of(problem, start, part.samples)
+            out[start : start + chunk] = _in_one_call(x[rows], grad[rows], part)
+        return out
+
+    @staticmethod
+    def _chunk(problem: WeightGradProblem) -> int:
+        return samples_per_chunk(problem, operand_bytes(problem) // 2 + problem.gradient_bytes)
+
+
+def _slowdown(problem: WeightGradProblem) -> float:
+    """How many times slower than a matrix product: fitted to 22 depthwise layers on a CPU.
+
+    The forward kernels vectorise over the output, here the weight's offsets, if a row of them is long.
+    """
+    if problem.device.type == "cuda":
+        return 30.0  # not measured: the others go first
+    offsets, rank = problem.geometry.kernel_positions, len(problem.input_size)
+    if rank == 1:
+        return 18.0 * max(1.0, offsets / 16)
+    return 8.0 if rank == 2 and offsets >= 16 else 20.0
+
+
+def _in_one_call(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+    p, geometry = problem, problem.geometry
+    n, k, groups = p.samples, p.rows_per_sample, p.groups
+    # (NK)(GI)S -> I(NGK)S
+    inputs = x.reshape(n, k, groups, p.in_per_group, *p.input_size).permute(
+        3, 0, 2, 1, *range(4, 4 + len(p.input_size))
+    )
+    inputs = inputs.reshape(p.in_per_group, n * groups * k, *p.input_size)
+    # (NK)(GO)T -> (NGO)KT
+    kernels = grad.reshape(n, k, groups * p.out_per_group, *p.output_size).transpose(1, 2)
+    kernels = kernels.reshape(n * groups * p.out_per_group, k, *p.output_size)
+    out = torch.convolution(
+        inputs,
+        kernels,
+        None,
+        geometry.dilation,
+        geometry.symmetric_padding,
+        geometry.stride,
+        False,
+        (0,) * len(geometry.stride),
+        n * groups,
+    )
+    assert geometry.kernel_size is not None
+    for axis, size in enumerate(geometry.kernel_size):  # further offsets that x has room for
+        out = out.narrow(2 + axis, 0, size)
+    # I(NGO)k -> N(GO)I k
+    return out.movedim(0, 1).reshape(n, *p.weight_shape)
