@@ -34,10 +34,12 @@ def random_affine(
     Returns
     -------
     Tensor
-        Of the shape of `images`, borders repeated.
+        Of the shape of `images`, borders repeated. No rows give no rows.
 
     """
     rows, _, height, width = images.shape
+    if not rows:  # an empty Poisson batch; affine_grid takes none
+        return images
 
     def uniform(limit: float) -> Tensor:
         return (2 * torch.rand(rows, generator=generator) - 1) * limit

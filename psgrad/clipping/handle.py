@@ -110,6 +110,10 @@ class ClipPerSample:
         self._use(following)
         return gathered
 
+    def forget(self) -> None:
+        """Start the logical step anew, for gradients that are thrown away: no count keeps their samples."""
+        self._use(self.style)
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         self._held.add(contribution)

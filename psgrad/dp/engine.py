@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from psgrad.clipping import ClipPerSample, ClippingStyle, PerLayer, as_style, check_loss_reduction
 from psgrad.dp.accounting import noise_multiplier_for
+from psgrad.dp.loader import PoissonLoader, sample_rate_of
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.per_sample import LossReduction
@@ -110,7 +111,8 @@ class PrivacyEngine:
         criterion
             The loss, to check `loss_reduction` against; returned, as it is, under grad_sample_mode="ghost".
         data_loader
-            Of a map-style data set; its expected batch size stays.
+            Of a map-style data set; its expected batch size stays. With Poisson sampling every batch that the
+            returned one yields is the batch of one step, which may take it in parts.
         noise_multiplier
             Standard deviation of the noise, in units of the clipped sum's sensitivity.
         max_grad_norm
@@ -156,19 +158,16 @@ class PrivacyEngine:
         if criterion is not None:
             check_loss_reduction(criterion, loss_reduction)
         style = _style(module, max_grad_norm, clipping)
-        sample_rate = 1 / len(data_loader)
-        loader = data_loader
-        if poisson_sampling:
-            loader = DPDataLoader.from_data_loader(data_loader)
-        elif not isinstance(data_loader, DPDataLoader):
-            self._not_poisson = True
+        poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
+        # Where it is no sampling rate, get_epsilon says so.
+        sample_rate = sample_rate_of(data_loader) if poisson else 1 / len(data_loader)
         clip = ClipPerSample(module, style, loss_reduction, rows_per_sample, into_sum=True)
         try:
             private = PrivateOptimizer(
                 optimizer,
                 clip,
                 noise_multiplier=noise_multiplier,
-                expected_batch_size=int(len(data_loader.dataset) * sample_rate),  # type: ignore[arg-type]  # sized
+                expected_batch_size=_expected_batch_size(data_loader, sample_rate),
                 accountant=self.accountant,
                 sample_rate=sample_rate,
                 generator=noise_generator,
@@ -177,6 +176,8 @@ class PrivacyEngine:
         except ConfigError:
             clip.remove()
             raise
+        loader = PoissonLoader(data_loader, private) if poisson else data_loader
+        self._not_poisson |= not poisson
         if grad_sample_mode == "ghost":
             return module, private, criterion or nn.CrossEntropyLoss(reduction=loss_reduction), loader
         return module, private, loader
@@ -228,7 +229,7 @@ class PrivacyEngine:
         sigma = noise_multiplier_for(
             target_epsilon,
             target_delta,
-            sample_rate=1 / len(data_loader),
+            sample_rate=sample_rate_of(data_loader),
             steps=math.ceil(epochs * len(data_loader)),
         )
         return self.make_private(
@@ -324,18 +325,25 @@ class PrivacyEngine:
         return checkpoint
 
     @staticmethod
-    def validate(module: nn.Module) -> list[Exception]:
-        """Return what makes the module unfit, as errors that name paths; nothing if it is fit."""
-        try:
-            ClipPerSample(module, as_style(1.0), "sum", 1).remove()
-        except RefusedModelError as error:
-            return [error]
-        return []
+    def validate(*, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
+        """Raise if the module is unfit; Opacus's other arguments are not looked at.
+
+        Raises
+        ------
+        RefusedModelError
+            Naming every offender by path, and what to use instead.
+
+        """
+        ClipPerSample(module, as_style(1.0), "sum", 1).remove()
 
     @classmethod
-    def is_compatible(cls, module: nn.Module) -> bool:
-        """Whether `validate` finds nothing."""
-        return not cls.validate(module)
+    def is_compatible(cls, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
+        """Whether `validate` passes."""
+        try:
+            cls.validate(module=module, optimizer=optimizer, data_loader=data_loader)
+        except RefusedModelError:
+            return False
+        return True
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
@@ -355,6 +363,12 @@ class PrivacyEngine:
                 f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "
                 "style: max_grad_norm=psgrad.clipping.AdaptiveQuantile(...)"
             )
+
+
+def _expected_batch_size(data_loader: DataLoader[Any], sample_rate: float) -> int:
+    """Return q times the number of samples, as Opacus a whole number, rounded down."""
+    expected = len(data_loader.dataset) * sample_rate  # type: ignore[arg-type]  # sized
+    return math.floor(expected + 1e-6)  # 49 * (1 / 49) < 1
 
 
 def _style(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None) -> ClippingStyle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     Raises
     ------
     ConfigError
-        If the clip handle does not sum, a number is out of range, or the optimizer holds other
-        parameters than those that are clipped.
+        If the clip handle does not sum, a number is out of range, the optimizer holds other parameters
+        than those that are clipped, or its step calls for a closure (LBFGS).
 
     """
 
@@ -81,6 +82,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer = optimizer
         self.clip = clip
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())
+        _refuse_closures(optimizer)
         self._check_clipped([p for group in optimizer.param_groups for p in group["params"]])
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
@@ -90,7 +92,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.generator = generator or noise_generator(self.parameters[0].device)
         self._physical: list[bool] = []
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._cleared = 0  # backward passes whose gradients were thrown away
+        self._seen = 0  # backward passes of this logical step that a step() has put by
+        self._before_batch: int | None = None  # those waiting for a step when a batch was drawn
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
 
     def _check_clipped(self, parameters: list[nn.Parameter]) -> None:
@@ -116,24 +119,40 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises
         ------
         ConfigError
-            If no backward pass was clipped since the last step, or its gradients were cleared.
+            If no backward pass was clipped since the last call, or its gradients were cleared; if they are
+            of two batches of a `PoissonLoader`; under `torch.amp.GradScaler`.
 
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_passes()
+        self._put_by()
         if self._physical and self._physical.pop(0):
-            self._put_by()
             return loss
-        if self.clip.gathered.backward_passes <= self._cleared:
+        self._finish()
+        return loss
+
+    def _check_passes(self) -> None:
+        if getattr(self, "found_inf", None) is not None:
+            raise ConfigError(
+                "GradScaler scales the loss before gradients are clipped, and the clipped sum afterwards: "
+                "use bfloat16 autocast, which needs no scaler"
+            )
+        passes = self.clip.gathered.backward_passes
+        if passes <= self._seen:
             raise ConfigError(
                 "step() without a clipped gradient since the last step: call loss.backward() on the module "
                 "that is clipped, after zero_grad(); for an empty batch call step_empty()"
             )
-        self._put_by()
-        self._finish()
-        return loss
+        if self._before_batch is not None and passes > self._before_batch:
+            raise ConfigError(
+                "a step with the gradients of two batches of the loader: a sample may be in both, and change "
+                "the sum by twice its bound. Call step() after every batch; what is too large at once goes "
+                "through backward in parts, or through BatchMemoryManager"
+            )
+        self._seen = passes
 
     def step_empty(self) -> None:
         """Make the step of a batch without samples: noise only, accounted as every other.
@@ -144,13 +163,24 @@ class PrivateOptimizer(torch.optim.Optimizer):
             If there is a clipped gradient, which the step would drop.
 
         """
-        if self.clip.gathered.backward_passes > self._cleared:
+        if self.clip.gathered.backward_passes > self._seen:
             raise ConfigError("step_empty() with clipped gradients: call step()")
         self._finish()
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Tell what the next `step()` not told of yet is: True for a physical batch with more to come."""
         self._physical.append(do_skip)
+
+    def batch_drawn(self) -> None:
+        """Tell that a loader yields the next logical batch: `step()` refuses gradients from two."""
+        if self.clip.gathered.backward_passes:
+            self._before_batch = self.clip.gathered.backward_passes
+
+    def pass_begins(self) -> None:
+        """Tell that a loader starts a pass: what an interrupted logical step left behind is forgotten."""
+        self._physical.clear()
+        self._sums.clear()
+        self.zero_grad()
 
     def _put_by(self) -> None:
         """Move the gradients to where `zero_grad` does not reach them."""
@@ -164,7 +194,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         gathered = self.clip.take(self.generator)
         for p in self.parameters:
             p.grad = self._sums.pop(p, None)
-        self._cleared = 0
+        self._seen, self._before_batch = 0, None
         add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None
@@ -180,12 +210,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Forget the gradients gathered since the last `step()`, a physical batch's included."""
         for p in self.parameters:
             p.grad = None
-        # What an earlier physical batch put by stays, and what it gathered with it.
-        self._cleared = self.clip.gathered.backward_passes if not self._sums else self._cleared
+        if self._sums:  # what an earlier physical batch put by stays, and what it gathered with it
+            self._seen = self.clip.gathered.backward_passes
+        else:
+            self.clip.forget()
+            self._seen, self._before_batch = 0, None
 
     def attach_step_hook(self, hook: Callable[[PrivateOptimizer], None]) -> None:
         """Call `hook(self)` in every logical step, after the noise and before the weights move."""
         self._hooks.append(hook)
+
+    _step_supports_amp_scaling = True  # makes GradScaler show itself, in `found_inf`
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """1: a logical step is one batch of the sampler, in as many physical batches as may be."""
+        return 1
 
     @property
     def max_grad_norm(self) -> Any:
@@ -237,7 +277,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, between logical steps.
+        """Continue where `state_dict` was taken, between logical steps; a step half gathered is forgotten.
+
+        Noise is drawn from a new, unseeded generator from now on: the one given, if its seed is the
+        interrupted run's, would draw that run's noise once more, and two results with the same noise
+        differ by what it should hide.
 
         Raises
         ------
@@ -247,6 +291,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if not state_dict.get("accountant"):
             raise ConfigError("this state has no accountant: the privacy spent so far would be forgotten")
+        self.generator = noise_generator(self.generator.device)
+        self.pass_begins()
         self.accountant.load_state_dict(state_dict["accountant"])
         self.clip.load_state_dict(state_dict["clip"])
         self.original_optimizer.load_state_dict(
@@ -258,3 +304,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> Any:
         raise ConfigError("a PrivateOptimizer holds a model's hooks: save its state_dict()")
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} computes the loss several times in a step, each time on private "
+            "data that the accountant would not count: use an optimizer whose step() needs no closure"
+        )

@@ -1,6 +1,7 @@
 """`PrivacyEngine`: scripts written for Opacus, and what it refuses."""
 
 import importlib
+import inspect
 import textwrap
 import warnings
 
@@ -275,11 +276,49 @@ def test_refused_engines_and_modules():
     sgd = torch.optim.SGD(mixing.parameters(), lr=1)
     with pytest.raises(RefusedModelError, match=r"1 \(BatchNorm1d\)"):
         PrivacyEngine().make_private(module=mixing, optimizer=sgd, **rest)
-    assert not PrivacyEngine.is_compatible(mixing)
-    assert PrivacyEngine.is_compatible(PrivacyEngine.get_compatible_module(mixing))
+    every = {"optimizer": sgd, "data_loader": loader}
+    assert not PrivacyEngine.is_compatible(module=mixing, **every)
+    with pytest.raises(RefusedModelError, match="BatchNorm1d"):
+        PrivacyEngine.validate(module=mixing, **every)
+    assert PrivacyEngine.is_compatible(module=PrivacyEngine.get_compatible_module(mixing), **every)
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ConfigError, match="LBFGS"):
+        PrivacyEngine().make_private(module=model.train(), optimizer=lbfgs, **rest)
     wrapped = nn.DataParallel(model.train())
     with pytest.raises(RefusedModelError, match="DataParallel"):
         PrivacyEngine().make_private(module=wrapped, optimizer=optimizer, **rest)
+
+
+def test_a_physical_batch_without_backward_is_refused():
+    _, optimizer, _ = private()
+    optimizer.signal_skip_step(True)
+    with pytest.raises(ConfigError, match="without a clipped gradient"):
+        optimizer.step()
+
+
+def test_a_grad_scaler_is_refused():
+    model, optimizer, _ = private()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    with pytest.raises(ConfigError, match="GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_a_loader_of_single_samples():
+    model, sgd, loader = small(batch=1, count=49)
+    _, optimizer, _ = PrivacyEngine().make_private(
+        module=model, optimizer=sgd, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
+    )
+    assert optimizer.expected_batch_size == 1
+
+
+def test_an_accountant_s_own_hook_works():
+    engine = PrivacyEngine()
+    model, optimizer, _ = private(engine)
+    told = engine.accountant.__class__()
+    optimizer.attach_step_hook(told.get_optimizer_hook_fn(sample_rate=0.25))
+    train_one(model, optimizer, 4)
+    assert told.history == engine.accountant.history
 
 
 def test_ghost_returns_the_criterion_as_opacus_does():
@@ -291,3 +330,10 @@ def test_every_name_of_opacus_s_engine_is_there():
     theirs = importlib.import_module("opacus").PrivacyEngine
     public = {name for name in vars(theirs) if not name.startswith("_")}
     assert public <= set(dir(PrivacyEngine))
+    for name in public:
+        here, there = (inspect.signature(getattr(e, name)) for e in (PrivacyEngine, theirs))
+        kinds = {p.kind for p in here.parameters.values()}
+        assert (
+            there.parameters.keys() - {"self"} <= here.parameters.keys()
+            or inspect.Parameter.VAR_KEYWORD in kinds
+        )

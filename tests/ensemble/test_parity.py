@@ -134,7 +134,7 @@ def test_torchvision_models(name: str) -> None:
     def fn() -> nn.Module:
         return torchvision.models.get_model(name, weights=None, num_classes=3)
 
-    # Four samples: where the maps are down to one position, BatchNorm over two is a sign, and rounding is amplified.
+    # Four samples: BatchNorm over two values, where the maps are one position, amplifies rounding.
     xs, ys = [torch.randn(4, 3, 64, 64)] * 2, [torch.randint(0, 3, (4,))] * 2
     ens = Ensemble.from_factory(fn, [3, 4], strategy="folded")
     fit(ens, [lambda x=x, y=y: ens.loss(F.cross_entropy, x, y).sum() for x, y in zip(xs, ys, strict=True)])

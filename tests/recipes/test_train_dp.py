@@ -96,6 +96,18 @@ def test_without_noise_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
 
 
+def test_an_empty_batch_is_a_step(tmp_path):
+    """With 0.4 images expected, most batches are; each is noise, and accounted (P4)."""
+    from recipes import train_dp
+
+    train_dp.main([*TINY, "--steps", "6", "--sample-rate", "0.0001", "--out", str(tmp_path / "run")])
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert sum(steps for *_, steps in saved["optimizer"]["accountant"]["history"]) == 6
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line["loss"] == 0 for line in lines)  # no image: there was an empty one
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
