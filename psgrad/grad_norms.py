@@ -128,8 +128,9 @@ class GradNorms:
     def finish(self, samples: int) -> None:
         """Publish the norms; part of `backward`."""
         mean = self._reduction == "mean"
-        per_layer = self._held.per_layer()
-        norms = total_norms(self._held.sq_norms().values())
+        sq_norms = self._held.sq_norms(self._held.paths())
+        per_layer = {path: sq_norm.sqrt() for path, sq_norm in sq_norms.items()}
+        norms = total_norms(sq_norms.values())
         squared_norm = self._held.release_all()
         self._seen = _Seen(
             norms * samples if mean else norms,

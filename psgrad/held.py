@@ -3,11 +3,12 @@
 Per layer, one of two things is held: the written-out per-sample gradients, or the layer's input and output
 gradient, from which one ordinary weight gradient on the scaled output gradient gives the weighted sum. The
 layer's rule says which. Of a layer that is called several times, the calls are held until all are in.
+Written gradients that are small (biases, affine maps) are taken side by side, as if they were one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,77 +17,98 @@ from psgrad.capture.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
 from psgrad.repeated_use import RepeatedUse, repeated
+from psgrad.side_by_side import SideBySide, is_small, side_by_side
 
 __all__ = ["Held", "total_norms"]
 
 
 class Held:
-    """Contributions and their squared norms, every parameter in one place only."""
+    """Contributions, every parameter in one place only."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[Contribution, PerParameter]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing."""
         self._where: dict[nn.Parameter, Contribution] = {}
+        self._sq_norms: PerParameter = {}  # of all but the small
+        self._small: list[SideBySide] = []
 
     def add(self, contribution: Contribution) -> None:
         """Take a contribution. A parameter that was used before has the norm of the sum of its uses."""
         while earlier := self._overlapping(contribution):
-            self._held = [entry for entry in self._held if entry[0] is not earlier]
             for p in earlier.parameters:
                 del self._where[p]
+                self._sq_norms.pop(p, None)
             together = repeated(earlier, contribution)
             if together is not None:
-                self._hold(together, {})
+                self._where.update(dict.fromkeys(together.parameters, together))
                 return
             # both must be written out to be added up, sample by sample
             contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
-        held = contribution.kept()
-        self._hold(held, held.sq_norms())
-
-    def _hold(self, contribution: Contribution, sq_norms: PerParameter) -> None:
-        self._held.append((contribution, sq_norms))
-        self._where.update(dict.fromkeys(contribution.parameters, contribution))
-
-    def _settled(self) -> list[tuple[Contribution, PerParameter]]:
-        """Return what is held, with the norms also of layers that may have been called once more."""
-        for i, (contribution, _) in enumerate(self._held):
-            if isinstance(contribution, RepeatedUse):
-                held = contribution.kept()
-                self._held[i] = held, held.sq_norms()
-                self._where.update(dict.fromkeys(held.parameters, held))
-        return self._held
+        self._hold(contribution.kept())
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
         """Return a held contribution that has a parameter of this one."""
         return next((self._where[p] for p in contribution.parameters if p in self._where), None)
 
-    def per_layer(self) -> dict[str, Tensor]:
-        """Norms `[N]` of what each module contributed, by its path; float32 at least.
+    def _hold(self, contribution: Contribution) -> None:
+        self._where.update(dict.fromkeys(contribution.parameters, contribution))
+        if isinstance(contribution, KeptGrads):
+            large = {p: grad for p, grad in contribution.written.items() if not is_small(grad)}
+            self._sq_norms |= {p: squared_norms(grad.flatten(1)) for p, grad in large.items()}
+        else:
+            self._sq_norms |= contribution.sq_norms()
+
+    def _settle(self) -> None:
+        """Decide how to hold the layers that may have been called once more."""
+        for contribution in self._contributions():
+            if isinstance(contribution, RepeatedUse):
+                self._hold(contribution.kept())
+
+    def _contributions(self) -> list[Contribution]:
+        """Return what is held, in the order of backward."""
+        return list({id(c): c for c in self._where.values()}.values())
+
+    def paths(self) -> dict[str, list[nn.Parameter]]:
+        """What each module contributed to, by its path.
 
         Parameters that several modules share are counted where they were used first in backward.
         """
-        sums: dict[str, Tensor] = {}
-        for contribution, sq_norms in self._settled():
-            for sq_norm in sq_norms.values():
-                path = contribution.path
-                sums[path] = sums[path] + sq_norm if path in sums else sq_norm
-        return {path: total.sqrt() for path, total in sums.items()}
+        found: dict[str, list[nn.Parameter]] = {}
+        for p, contribution in self._where.items():
+            found.setdefault(contribution.path, []).append(p)
+        return found
 
-    def sq_norms(self) -> PerParameter:
-        """Squared norms `[N]` of every parameter that contributed; float32 at least."""
-        return {p: sq_norm for _, sq_norms in self._settled() for p, sq_norm in sq_norms.items()}
+    def sq_norms(self, groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, Tensor]:
+        """Squared norms `[N]` over each group of parameters, float32 at least, once between two releases.
+
+        A group of which no parameter contributed is left out.
+        """
+        self._settle()
+        found = {}
+        for name, group in groups.items():
+            members = [p for p in group if p in self._where]
+            small = side_by_side({p: self._written(p) for p in members if p not in self._sq_norms})
+            terms = [self._sq_norms[p] for p in members if p in self._sq_norms]
+            terms += [beside.sq_norms() for beside in small]
+            self._small += small
+            if terms:
+                found[name] = _sum(terms)
+        return found
+
+    def _written(self, p: nn.Parameter) -> Tensor:
+        contribution = self._where[p]
+        assert isinstance(contribution, KeptGrads)
+        return contribution.written[p]
 
     def release(self, factors: PerParameter) -> None:
         """Add `sum_n factors[p][n] * grads[p][n]` to every parameter's `.grad`, and hold nothing any more.
 
         `factors` is `[N]` for every parameter; parameters that are clipped together share one tensor.
         """
-        held = self._settled()
-        self.clear()
-        for contribution, _ in held:
-            for shared in {id(f): f for f in map(factors.__getitem__, contribution.parameters)}.values():
-                for p, added in contribution.weighted_sum(shared).items():
-                    if factors[p] is shared:
-                        accumulate(p, added)
+        for p, added in self._weighted_sums(factors).items():
+            accumulate(p, added)
 
     def release_all(self) -> Tensor:
         """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
@@ -97,23 +119,36 @@ class Held:
             The squared norm of all that was added, a scalar.
 
         """
-        held = self._settled()
-        self.clear()
-        norms: list[Tensor] = []
-        for contribution, sq_norms in held:
-            ones = torch.ones(contribution.samples, device=contribution.parameters[0].device)
-            for p, added in contribution.weighted_sum(ones).items():
-                accumulate(p, added)
-                norms.append(squared_norms(added.reshape(1, -1)).to(sq_norms[p].dtype))
-        return torch.cat(norms).sum()
+        some = next(iter(self._where))
+        ones = torch.ones(self._where[some].samples, device=some.device)
+        sums = self._weighted_sums(dict.fromkeys(self._where, ones))
+        for p, added in sums.items():
+            accumulate(p, added)
+        return nn.utils.get_total_norm(sums.values()).square()
 
-    def clear(self) -> None:
-        """Hold nothing."""
-        self._held, self._where = [], {}
+    def _weighted_sums(self, factors: PerParameter) -> PerParameter:
+        self._settle()
+        apart = {p for beside in self._small for p in beside.parameters}
+        parts: list[Contribution | SideBySide] = list(self._small)
+        for contribution in self._contributions():
+            if isinstance(contribution, KeptGrads):
+                rest = {p: grad for p, grad in contribution.written.items() if p not in apart}
+                contribution = KeptGrads(contribution.path, rest, contribution.samples)
+            parts.append(contribution)
+        self.clear()
+        sums = {}
+        for part in parts:
+            for shared in {id(f): f for f in map(factors.__getitem__, part.parameters)}.values():
+                found = part.weighted_sum(shared)
+                sums.update({p: added for p, added in found.items() if factors[p] is shared})
+        return sums
 
 
 def total_norms(sq_norms: Iterable[Tensor]) -> Tensor:
     """Norms `[N]` from squared norms `[N]`, float64 if one of them is."""
-    each = list(sq_norms)
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in each) else torch.float32
-    return torch.stack([n.to(dtype) for n in each]).sum(0).sqrt()
+    return _sum(list(sq_norms)).sqrt()
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    dtype = torch.float64 if any(n.dtype == torch.float64 for n in terms) else torch.float32
+    return torch.stack([n.to(dtype) for n in terms]).sum(0)

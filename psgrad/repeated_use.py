@@ -6,6 +6,7 @@ call, and the norm is that of the sum.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -80,13 +81,22 @@ def repeated(earlier: Contribution, later: Contribution) -> RepeatedUse | None:
 
 def _rows(call: LayerCall) -> tuple[object, ...]:
     """What calls must have in common."""
-    return call.x.shape[1:], call.x.dtype, call.g.shape[1:], call.g.dtype, call.wanted
+    saved = [t.shape[1:] for t in call.saved]
+    return call.x.shape[1:], call.x.dtype, call.g.shape[1:], call.g.dtype, call.wanted, saved
 
 
 def _merged(calls: list[LayerCall]) -> LayerCall:
     """(N K_1).., (N K_2).., .. -> (N (K_1 + K_2 + ..)).."""
     if len(calls) == 1:
         return calls[0]
-    x = torch.cat([call.by_sample(call.x) for call in calls], 1).flatten(0, 1)
-    g = torch.cat([call.by_sample(call.g) for call in calls], 1).flatten(0, 1)
-    return replace(calls[0], x=x, g=g, rows_per_sample=sum(call.rows_per_sample for call in calls))
+
+    def together(each: Iterable[Tensor]) -> Tensor:
+        return torch.cat([call.by_sample(t) for call, t in zip(calls, each, strict=True)], 1).flatten(0, 1)
+
+    return replace(
+        calls[0],
+        x=together(call.x for call in calls),
+        g=together(call.g for call in calls),
+        rows_per_sample=sum(call.rows_per_sample for call in calls),
+        saved=tuple(map(together, zip(*(call.saved for call in calls), strict=True))),
+    )

@@ -71,7 +71,7 @@ class Capture:
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
-        self._trainable = self.trainable
+        self._trainable = _trainable(module)
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(_not_captured(name)) for name, p in self._trainable.items()
@@ -82,8 +82,8 @@ class Capture:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The module's trainable parameters by path, each once."""
-        return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        """The module's trainable parameters by path, each once; other ones than at first are refused."""
+        return self._trainable
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -289,8 +289,9 @@ class Capture:
         if computed is not None:
             layer = Layer(layer.path, computed.layer, rule)
 
-        def record(x: Tensor, g: Tensor) -> None:
-            use = LayerUse(layer.path, rule, LayerCall(layer.module, x, g, rows_per_sample, layer.wanted))
+        def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
+            call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
+            use = LayerUse(layer.path, rule, call)
             self._recorder.record(use if computed is None else Carried(layer.path, computed, use))
 
         return captured_call(record, layer, rule, rest, self._anchor, x)
@@ -299,7 +300,7 @@ class Capture:
         self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]))
 
     def _check_trainable(self) -> None:
-        trainable = self.trainable
+        trainable = _trainable(self._module)
         changed = [
             name
             for name in sorted(self._trainable | trainable)
@@ -310,6 +311,10 @@ class Capture:
                 f"requires_grad, or the parameter, has changed since psgrad was attached, of "
                 f"{', '.join(changed)}: remove() the handle and attach a new one"
             )
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class _OtherRowsError(ShapeError):

@@ -21,24 +21,25 @@ __all__ = ["captured_call"]
 
 
 def captured_call(
-    record: Callable[[Tensor, Tensor], None],
+    record: Callable[..., None],
     layer: Layer,
     rule: LayerRule,
     rest: list[Any],
     anchor: Tensor,
     x: Tensor,
 ) -> Tensor:
-    """Run `layer` on x and `rest`; in backward, call `record(x, g)` with its output's gradient g.
+    """Run `layer` on x and `rest`; in backward, call `record(x, g, *saved)` with its output's gradient g.
 
     `anchor` is a scalar that requires grad: it makes the call part of the graph where x does not.
     """
     if torch._C._current_graph_task_id() != -1:  # a checkpoint runs the layer again, in backward
         record = partial(_refuse, layer.path)
     params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
-    return _Told.apply(record, anchor, x, rule.forward(layer.module, params, x, *rest))
+    out, saved = rule.forward_saving(layer.module, params, x, *rest)
+    return _Told.apply(record, anchor, x, out, *saved)
 
 
-def _refuse(path: str, x: Tensor, g: Tensor) -> None:
+def _refuse(path: str, *_: Tensor) -> None:
     raise CaptureError(
         f"{path!r}: this layer's forward ran inside of a backward pass, and now has one of its own: "
         "a sample's gradient would be told in parts. Use torch.utils.checkpoint with use_reentrant=False."
@@ -50,17 +51,17 @@ class _Told(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, record: Callable[[Tensor, Tensor], None], anchor: Tensor, x: Tensor, out: Tensor
+        ctx: Any, record: Callable[..., None], anchor: Tensor, x: Tensor, out: Tensor, *saved: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *saved)
         ctx.record = record
         return out.detach()  # no view: what follows may write to it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, Tensor | None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
         if g is not None:
-            (x,) = ctx.saved_tensors
-            ctx.record(x.detach(), g)
-        return None, None, None, g
+            ctx.record(x.detach(), g, *saved)
+        return None, None, None, g, *(None for _ in saved)

@@ -54,7 +54,9 @@ class ClipPerSample:
             raise
 
     def _use(self, style: ClippingStyle) -> None:
-        self._groups: tuple[Group, ...] = style.groups(list(self.trainable))
+        trainable = self.trainable
+        self._groups: tuple[Group, ...] = style.groups(list(trainable))
+        self._members = {group.path: [trainable[name] for name in group.names] for group in self._groups}
         self.style = style
         self._gathered = Gathered.nothing(self.l2_bound)
         self._unclipped = torch.tensor(0.0)
@@ -120,11 +122,11 @@ class ClipPerSample:
 
     def finish(self, samples: int) -> None:
         """Clip and publish; part of `backward`."""
-        sq_norms = self._held.sq_norms()
+        sq_norms = self._held.sq_norms(self._members)
         # The norm of the sample's own gradient: under "mean", backward saw 1/N of it.
         scale = samples if self.loss_reduction == "mean" else 1
         norms = total_norms(sq_norms.values()) * scale
-        group_norms = self._group_norms(sq_norms, norms, scale)
+        group_norms = {path: total_norms([sq_norm]) * scale for path, sq_norm in sq_norms.items()}
         group_factors, factors_of = self._factors(group_norms, norms.isfinite())
         if self.into_sum and scale != 1:
             self._held.release({p: factors * scale for p, factors in factors_of.items()})
@@ -134,27 +136,15 @@ class ClipPerSample:
         self._result = ClipResult(norms, factors, self.l2_bound, group_norms, group_factors)
         self._count(self._result)
 
-    def _group_norms(self, sq_norms: PerParameter, norms: Tensor, scale: int) -> dict[str, Tensor]:
-        if len(self._groups) == 1:
-            return {self._groups[0].path: norms}
-        trainable = self.trainable
-        found = {}
-        for group in self._groups:
-            members = [sq_norms[p] for name in group.names if (p := trainable[name]) in sq_norms]
-            if members:
-                found[group.path] = total_norms(members) * scale
-        return found
-
     def _factors(self, norms: dict[str, Tensor], finite: Tensor) -> tuple[dict[str, Tensor], PerParameter]:
         """Return the factors by group and by parameter; a sample that is not finite has 0 in all."""
-        trainable = self.trainable
         by_group: dict[str, Tensor] = {}
         by_parameter: PerParameter = {}
         for group in self._groups:
             if group.path in norms:
                 factors = self.style.factors(norms[group.path], group.max_norm)
                 by_group[group.path] = factors = torch.where(finite, factors, torch.zeros_like(factors))
-                by_parameter |= {trainable[name]: factors for name in group.names}
+                by_parameter |= dict.fromkeys(self._members[group.path], factors)
         return by_group, by_parameter
 
     def _count(self, result: ClipResult) -> None:

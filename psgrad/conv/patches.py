@@ -1,4 +1,4 @@
-"""Im2col."""
+"""Im2col: the input elements that meet each kernel offset, in the order that a matrix product reads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,42 @@ from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
 
-__all__ = ["patches"]
+__all__ = ["patches", "patches_by_position"]
 
 
 def patches(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
-    """Im2col: `(NK)(GI)S -> N G (I k) (K T)`, the input element that meets kernel offset d at output t.
+    """(NK)(GI)S -> N G (I k) (K T): the input element that meets kernel offset d at output t."""
+    rank = len(problem.input_size)
+    kernel, positions = range(4, 4 + rank), range(4 + rank, 4 + 2 * rank)
+    ordered = _windows(x, problem, samples).permute(0, 2, 3, *kernel, 1, *positions)
+    return ordered.reshape(
+        samples,
+        problem.groups,
+        problem.in_per_group * problem.geometry.kernel_positions,
+        problem.rows_per_sample * problem.positions,
+    )
 
-    The windows are a strided view of the padded input; the copy is made once, in the order that the
-    matrix product reads.
-    """
+
+def patches_by_position(x: Tensor, problem: WeightGradProblem) -> Tensor:
+    """(NK)(GI)S -> G (N K T) (I k): the same elements, of all samples together, positions first."""
+    rank = len(problem.input_size)
+    kernel, positions = range(4, 4 + rank), range(4 + rank, 4 + 2 * rank)
+    ordered = _windows(x, problem, problem.samples).permute(2, 0, 1, *positions, 3, *kernel)
+    return ordered.reshape(
+        problem.groups,
+        problem.samples * problem.rows_per_sample * problem.positions,
+        problem.in_per_group * problem.geometry.kernel_positions,
+    )
+
+
+def _windows(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
+    """(NK)(GI)S -> N K G I k.. T.., a strided view of the padded input: its one copy is the caller's."""
     geometry = problem.geometry
     padding = [p for p in reversed(geometry.symmetric_padding) for _ in range(2)]
     padded = F.pad(x, padding) if any(padding) else x
-    rank = padded.ndim - 2
     row, channel, *spatial = padded.stride()
     assert geometry.kernel_size is not None
-    windows = padded.as_strided(
-        # N K G I k.. T..
+    return padded.as_strided(
         (
             samples,
             problem.rows_per_sample,
@@ -41,13 +60,4 @@ def patches(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
             *(s * d for s, d in zip(spatial, geometry.stride, strict=True)),
         ),
         padded.storage_offset(),
-    )
-    kernel_axes = range(4, 4 + rank)
-    position_axes = range(4 + rank, 4 + 2 * rank)
-    ordered = windows.permute(0, 2, 3, *kernel_axes, 1, *position_axes)
-    return ordered.reshape(
-        samples,
-        problem.groups,
-        problem.in_per_group * geometry.kernel_positions,
-        problem.rows_per_sample * problem.positions,
     )

@@ -8,7 +8,7 @@ from functools import lru_cache
 from psgrad.conv.live import live_kernel
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
-from psgrad.conv.strategies.base import backend_slowdown, operand_bytes
+from psgrad.conv.strategies.base import operand_bytes, ordinary_slowdown
 
 __all__ = ["DeviceRates", "Plan", "choose", "keep_is_faster"]
 
@@ -131,6 +131,6 @@ def keep_is_faster(problem: WeightGradProblem) -> bool:
     if problem.device.type != "cuda" and result > FRESH_BYTES:
         keep += result / FRESH_RATE
     operands = problem.samples * operand_bytes(problem)
-    ordinary = problem.flops * backend_slowdown(problem) / rates.flops
+    ordinary = problem.flops * ordinary_slowdown(problem) / rates.flops
     ordinary += 2 * operands / rates.bytes + 6 * rates.call  # g is scaled first, and both are read
     return keep < norms.seconds[norms.chosen] + ordinary

@@ -133,21 +133,22 @@ def weighted_weight_grad(
         raise ShapeError(f"factors {tuple(factors.shape)} for {problem.samples} samples")
     if problem.samples == 0:
         return x.new_zeros(problem.weight_shape)
-    rows = factors.to(x.dtype)
-    if problem.rows_per_sample > 1:
-        rows = rows.repeat_interleave(problem.rows_per_sample)
-    rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
-    weighted = grad_output * rows
-    # 0 * inf is not 0: both operands of a removed sample are masked. On CUDA, looking would cost a wait.
-    if x.is_cuda or not factors.all():
-        removed = rows == 0
-        weighted, x = weighted.masked_fill(removed, 0), x.masked_fill(removed, 0)
+    if x.is_cuda or not factors.eq(1).all():  # on CUDA, looking would cost a wait
+        rows = factors.to(x.dtype)
+        if problem.rows_per_sample > 1:
+            rows = rows.repeat_interleave(problem.rows_per_sample)
+        rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
+        grad_output = grad_output * rows
+        # 0 * inf is not 0: both operands of a removed sample are masked.
+        if x.is_cuda or not factors.all():
+            removed = rows == 0
+            grad_output, x = grad_output.masked_fill(removed, 0), x.masked_fill(removed, 0)
     # A dense layer's one position is a product, whose zeros cost less than to put them back.
     dense = problem.positions == 1 and problem.groups == 1
     live = None if dense else live_kernel(problem)
     if live is None:
-        return _batch_weight_grad(x, weighted, problem)
-    return live.embed(_batch_weight_grad(live.crop(x), weighted, live.problem))
+        return _batch_weight_grad(x, grad_output, problem)
+    return live.embed(_batch_weight_grad(live.crop(x), grad_output, live.problem))
 
 
 def _batch_weight_grad(x: Tensor, grad_output: Tensor, problem: WeightGradProblem) -> Tensor:

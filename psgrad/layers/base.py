@@ -39,6 +39,8 @@ class LayerCall:
         K, the consecutive rows that make one sample.
     wanted
         Names of the layer's own parameters whose gradients are asked for.
+    saved
+        What `LayerRule.forward_saving` saved, or nothing.
 
     """
 
@@ -47,6 +49,7 @@ class LayerCall:
     g: Tensor
     rows_per_sample: int
     wanted: tuple[str, ...]
+    saved: tuple[Tensor, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -76,6 +79,12 @@ class LayerRule(ABC):
     @abstractmethod
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
         """Compute the layer's output with these values of its parameters."""
+
+    def forward_saving(
+        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the output, and what of it the verbs would compute again: `[(N K), ...]`, no gradient."""
+        return self.forward(module, params, x, *args), ()
 
     @abstractmethod
     def grads(self, call: LayerCall) -> dict[str, Tensor]:

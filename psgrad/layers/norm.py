@@ -62,6 +62,43 @@ class GroupNorm(_Channels):
         """See `_Affine.normalised`."""
         return torch.group_norm(x, module.num_groups, None, None, module.eps)
 
+    def forward_saving(
+        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Save the mean and the inverse deviation of every row and group."""
+        if not x.numel() or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+            return super().forward_saving(module, params, x, *args)
+        sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups)
+        weight, bias = params["weight"], params["bias"]
+        out, *saved = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, module.eps)
+        return out, tuple(saved)
+
+    def grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """See `LayerRule.grads`.
+
+        Of one sample with `N C` channels in `N G` groups the ordinary gradient is `[N C]`: one fused call.
+        It subtracts a mean, for which half precision would be too little.
+        """
+        if not call.saved or call.g.dtype != call.x.dtype:
+            return super().grads(call)
+        rows, channels = call.x.shape[:2]
+        folded = (1, rows * channels, call.x[0, 0].numel())
+        mean, rstd = (t.view(1, -1) for t in call.saved)
+        _, weight, bias = torch.ops.aten.native_group_norm_backward(
+            call.g.reshape(folded),
+            call.x.reshape(folded),
+            mean,
+            rstd,
+            None,
+            *folded,
+            mean.shape[1],
+            (False, True, True),
+        )
+        grads = {"weight": weight.view(rows, channels), "bias": bias.view(rows, channels)}
+        if call.rows_per_sample == 1:
+            return {name: grads[name] for name in call.wanted}
+        return {name: sample_sum(call, grads[name], keep=(1,)) for name in call.wanted}
+
 
 class InstanceNorm(_Channels):
     """`nn.InstanceNorm1d`, `2d`, `3d`; running statistics only in evaluation mode."""

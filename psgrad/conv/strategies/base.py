@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
+from psgrad.conv.ordinary import as_product
 from psgrad.conv.problem import WeightGradProblem
 
 __all__ = ["Cost", "Strategy", "Verb"]
@@ -116,6 +117,11 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     if min(p.out_per_group, p.in_per_group) < 16:
         return 3.0
     return 1.0 if p.geometry.kernel_positions > 1 else 1.8
+
+
+def ordinary_slowdown(problem: WeightGradProblem) -> float:
+    """How many times slower than a good matrix product `ordinary_weight_grad` runs on all of the problem."""
+    return 1.0 if as_product(problem) is not None else backend_slowdown(problem)
 
 
 def operand_bytes(problem: WeightGradProblem) -> int:

@@ -7,7 +7,14 @@ from torch import Tensor
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb, backend_slowdown, operand_bytes
+from psgrad.conv.strategies.base import (
+    Cost,
+    Strategy,
+    Verb,
+    operand_bytes,
+    ordinary_slowdown,
+    with_samples,
+)
 
 __all__ = ["Loop"]
 
@@ -32,7 +39,7 @@ class Loop(Strategy):
             bytes=problem.samples * (operand_bytes(problem) / 4 + 2 * problem.gradient_bytes),
             calls=2 * problem.samples,
             peak_bytes=problem.gradient_bytes,
-            slowdown=backend_slowdown(problem),
+            slowdown=ordinary_slowdown(with_samples(problem, 1)),
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

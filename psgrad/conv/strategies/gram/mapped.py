@@ -27,6 +27,7 @@ ALL_ENTRIES = 256**2
 """Largest matrix of all axes at once, which saves bringing R into the order of the axes."""
 
 
+@lru_cache(maxsize=4096)
 def few_positions(problem: WeightGradProblem) -> bool:
     """Whether the matrices are small, more than the identity, and read all of x.
 

@@ -119,6 +119,8 @@ def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor,
     d = positions_gram(grad, problem, problem.positions)
     s = mapped(x, problem) if few_positions(problem) else shifted(x, problem)
     norms = torch.linalg.vecdot(d.flatten(1), s.flatten(1))
+    if d.shape[1] == 1 == problem.groups:  # one term: nothing was added up
+        return norms, torch.zeros_like(norms, dtype=torch.bool)
     # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
     diagonal = d.diagonal(dim1=1, dim2=2) * s.diagonal(dim1=1, dim2=2)
     magnitude = diagonal.clamp(min=0).sqrt().sum(1).square()
