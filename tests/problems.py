@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psgrad.conv import ConvGeometry
+from psgrad.conv.live import live_kernel
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES
 from tests import oracle
@@ -78,6 +79,8 @@ def serves(strategy: str, verb: str, operands: tuple, rows_per_sample: int = 1) 
     if strategy == "auto":
         return True
     problem = normalise(*operands, rows_per_sample)[2]
+    live = live_kernel(problem)
+    problem = problem if live is None else live.problem
     return STRATEGIES[strategy].refusal(problem, verb) is None
 
 

@@ -1,4 +1,7 @@
-"""Im2col: the input elements that meet each kernel offset, in the order that a matrix product reads."""
+"""Im2col: the input elements that meet each kernel offset, in the order that a matrix product reads.
+
+What is returned is good until the next call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.scratch import scratch
 
 __all__ = ["patches", "patches_by_position"]
 
@@ -15,7 +19,8 @@ def patches(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
     rank = len(problem.input_size)
     kernel, positions = range(4, 4 + rank), range(4 + rank, 4 + 2 * rank)
     ordered = _windows(x, problem, samples).permute(0, 2, 3, *kernel, 1, *positions)
-    return ordered.reshape(
+    return _copied(
+        ordered,
         samples,
         problem.groups,
         problem.in_per_group * problem.geometry.kernel_positions,
@@ -28,11 +33,18 @@ def patches_by_position(x: Tensor, problem: WeightGradProblem) -> Tensor:
     rank = len(problem.input_size)
     kernel, positions = range(4, 4 + rank), range(4 + rank, 4 + 2 * rank)
     ordered = _windows(x, problem, problem.samples).permute(2, 0, 1, *positions, 3, *kernel)
-    return ordered.reshape(
+    return _copied(
+        ordered,
         problem.groups,
         problem.samples * problem.rows_per_sample * problem.positions,
         problem.in_per_group * problem.geometry.kernel_positions,
     )
+
+
+def _copied(windows: Tensor, *shape: int) -> Tensor:
+    if windows.is_contiguous():
+        return windows.reshape(shape)
+    return scratch("patches", tuple(windows.shape), windows).copy_(windows).view(shape)
 
 
 def _windows(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:

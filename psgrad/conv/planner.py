@@ -108,8 +108,8 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
     return Plan(chosen, verb, problem, seconds, costs, refusals)
 
 
-FRESH_BYTES = 32 * 2**20
-"""A block on a CPU beyond this comes from the system with pages that were never touched."""
+FRESH_BYTES = 4 * 2**20
+"""A block on a CPU beyond this comes, in a training step, from the system with pages never touched."""
 FRESH_RATE = 3.5e9
 """Bytes/s at which such pages are touched for the first time."""
 

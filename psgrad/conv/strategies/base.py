@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
@@ -73,15 +74,9 @@ class Strategy(ABC):
 
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Squared norms `[N]`, float32 at least, from per-sample gradients made in chunks."""
-        chunk = samples_per_chunk(problem, problem.gradient_bytes)
-        rows = chunk * problem.rows_per_sample
         norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
-        for start in range(0, problem.samples, chunk):
-            x_chunk = x[start * problem.rows_per_sample :][:rows]
-            grad_chunk = grad[start * problem.rows_per_sample :][:rows]
-            part = with_samples(problem, min(chunk, problem.samples - start))
-            grads = self.grads(x_chunk, grad_chunk, part).flatten(1)
-            norms[start : start + chunk] = squared_norms(grads)
+        for part, rows, here in chunks(problem, samples_per_chunk(problem, problem.gradient_bytes)):
+            norms[here] = squared_norms(self.grads(x[rows], grad[rows], part).flatten(1))
         return norms
 
 
@@ -131,9 +126,12 @@ def operand_bytes(problem: WeightGradProblem) -> int:
     return p.rows_per_sample * p.groups * channels * p.dtype.itemsize
 
 
-def rows_of(problem: WeightGradProblem, start: int, samples: int) -> slice:
-    """Return the rows of the batch that belong to these samples."""
-    return slice(start * problem.rows_per_sample, (start + samples) * problem.rows_per_sample)
+def chunks(problem: WeightGradProblem, size: int) -> Iterator[tuple[WeightGradProblem, slice, slice]]:
+    """Cut the problem into chunks of samples: the problem, the rows and the samples of each."""
+    k = problem.rows_per_sample
+    for start in range(0, problem.samples, size):
+        stop = min(start + size, problem.samples)
+        yield with_samples(problem, stop - start), slice(start * k, stop * k), slice(start, stop)
 
 
 def with_samples(problem: WeightGradProblem, samples: int) -> WeightGradProblem:

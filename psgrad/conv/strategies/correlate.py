@@ -10,10 +10,9 @@ from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
     Verb,
+    chunks,
     operand_bytes,
-    rows_of,
     samples_per_chunk,
-    with_samples,
 )
 
 __all__ = ["Correlate"]
@@ -54,10 +53,8 @@ class Correlate(Strategy):
         if chunk >= problem.samples:
             return _in_one_call(x, grad, problem).contiguous()
         out = x.new_empty(problem.samples, *problem.weight_shape)
-        for start in range(0, problem.samples, chunk):
-            part = with_samples(problem, min(chunk, problem.samples - start))
-            rows = rows_of(problem, start, part.samples)
-            out[start : start + chunk] = _in_one_call(x[rows], grad[rows], part)
+        for part, rows, here in chunks(problem, chunk):
+            out[here] = _in_one_call(x[rows], grad[rows], part)
         return out
 
     @staticmethod

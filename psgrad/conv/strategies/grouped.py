@@ -11,9 +11,9 @@ from psgrad.conv.strategies.base import (
     Strategy,
     Verb,
     backend_slowdown,
+    chunks,
     operand_bytes,
     samples_per_chunk,
-    with_samples,
 )
 
 __all__ = ["Grouped"]
@@ -49,10 +49,8 @@ class Grouped(Strategy):
         if chunk >= problem.samples:
             return _in_one_call(x, grad, problem).contiguous()
         out = x.new_empty(problem.samples, *problem.weight_shape)
-        for start in range(0, problem.samples, chunk):
-            part = with_samples(problem, min(chunk, problem.samples - start))
-            rows = slice(start * problem.rows_per_sample, (start + part.samples) * problem.rows_per_sample)
-            out[start : start + chunk] = _in_one_call(x[rows], grad[rows], part)
+        for part, rows, here in chunks(problem, chunk):
+            out[here] = _in_one_call(x[rows], grad[rows], part)
         return out
 
     @staticmethod

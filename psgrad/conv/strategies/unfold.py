@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.patches import patches
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies.base import Cost, Strategy, Verb, samples_per_chunk
+from psgrad.conv.scratch import scratch
+from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunks, samples_per_chunk
 
 __all__ = ["Unfold"]
 
@@ -40,19 +42,29 @@ class Unfold(Strategy):
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
-        n, k, g = problem.samples, problem.rows_per_sample, problem.groups
-        out = x.new_empty(n, g, problem.out_per_group, problem.weight_numel // (g * problem.out_per_group))
-        chunk = samples_per_chunk(problem, self._unfolded_bytes(problem))
-        for start in range(0, n, chunk):
-            count = min(chunk, n - start)
-            rows = slice(start * k, (start + count) * k)
+        return self._into(x.new_empty(problem.samples, *problem.weight_shape), x, grad, problem)
+
+    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """See `Strategy.sq_norms`."""
+        norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
+        largest = max(problem.gradient_bytes, self._unfolded_bytes(problem))
+        for part, rows, here in chunks(problem, samples_per_chunk(problem, largest)):
+            grads = scratch("gradients", (part.samples, *problem.weight_shape), x)
+            norms[here] = squared_norms(self._into(grads, x[rows], grad[rows], part).flatten(1))
+        return norms
+
+    def _into(self, grads: Tensor, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        k, g = problem.rows_per_sample, problem.groups
+        of_group = (problem.out_per_group, problem.weight_numel // (g * problem.out_per_group))
+        out = grads.view(problem.samples, g, *of_group)
+        for part, rows, here in chunks(problem, samples_per_chunk(problem, self._unfolded_bytes(problem))):
             # (nK)(GO)T -> nK GO T -> nGO KT -> nG O(KT)
-            left = grad[rows].reshape(count, k, g, problem.out_per_group, problem.positions)
+            left = grad[rows].reshape(part.samples, k, g, problem.out_per_group, problem.positions)
             left = left.permute(0, 2, 3, 1, 4).flatten(3)
             # nG (Ik) (KT) -> nG (KT)(Ik)
-            right = patches(x[rows], problem, count).transpose(2, 3)
-            torch.matmul(left, right, out=out[start : start + count])
-        return out.reshape(n, *problem.weight_shape)
+            right = patches(x[rows], problem, part.samples).transpose(2, 3)
+            torch.matmul(left, right, out=out[here])
+        return grads
 
     @staticmethod
     def _unfolded_bytes(problem: WeightGradProblem) -> int:

@@ -27,7 +27,7 @@ from psgrad.conv.strategies.base import (
     Strategy,
     Verb,
     chunk_bytes,
-    rows_of,
+    chunks,
     samples_per_chunk,
     with_samples,
 )
@@ -94,14 +94,11 @@ class Gram(Strategy):
         else:
             norms = x.new_empty(problem.samples, dtype=dtype)
             eaten = x.new_empty(problem.samples, dtype=torch.bool)
-            for start in range(0, problem.samples, chunk):
-                part = with_samples(problem, min(chunk, problem.samples - start))
-                rows = rows_of(problem, start, part.samples)
-                here = slice(start, start + part.samples)
+            for part, rows, here in chunks(problem, chunk):
                 norms[here], eaten[here] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
         if eaten.any():
             for n in eaten.nonzero().flatten().tolist():
-                rows = rows_of(problem, n, 1)
+                rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
                 norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
         return norms
 
