@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from psgrad.ensemble.members import tensors_of
+from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
 
@@ -39,38 +38,43 @@ def eager_losses(
         If `fn` does not return a scalar.
 
     """
-    tensors = tensors_of(stacked)
-    trained = {name: t for name, t in tensors.items() if t.requires_grad}
+    slots = Slots(stacked)
+    trained = [t for t in slots.tensors if t.requires_grad]
+    parts = {t: t.detach().unbind() for t in slots.tensors}
     grads: list[list[Tensor | None]] = [[] for _ in trained]
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
     for k in range(len(randomness.generators)):
-        parts = {name: t.detach()[k].requires_grad_(name in trained) for name, t in tensors.items()}
-        with randomness.of(k):
-            loss = fn(functional_call(stacked, parts, args_of(k)), target_of(k))
-        if loss.ndim:
-            raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
-        losses.append(loss.detach())
-        if not loss.requires_grad:
-            for of_member in grads:
-                of_member.append(None)
-            continue
-        leaves = [parts[name] for name in trained]
-        others = _other_leaves(loss, leaves)
-        found = torch.autograd.grad(loss, [*leaves, *others], allow_unused=True, retain_graph=bool(others))
+        own = {t: part[k].requires_grad_(t.requires_grad) for t, part in parts.items()}
+        with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
+            with randomness.of(k):
+                loss = fn(stacked(*args_of(k)), target_of(k))
+            if loss.ndim:
+                raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
+            losses.append(loss.detach())
+            leaves = [own[t] for t in trained]
+            others = _other_leaves(loss, leaves)
+            wanted = [*leaves, *others]
+            found = (
+                torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
+                if loss.requires_grad
+                else (None,) * len(wanted)
+            )
         for of_member, grad in zip(grads, found[: len(leaves)], strict=True):
             of_member.append(grad)
         for other, grad in zip(others, found[len(leaves) :], strict=True):
             if grad is not None:
                 foreign.setdefault(other, []).append((k, grad))
-    kept = [_stacked(of_member, t) for of_member, t in zip(grads, trained.values(), strict=True)]
-    return _Losses.apply(torch.stack(losses), kept, list(foreign.values()), *trained.values(), *foreign)
+    kept = [_stacked(of_member, t) for of_member, t in zip(grads, trained, strict=True)]
+    return _Losses.apply(torch.stack(losses), kept, list(foreign.values()), *trained, *foreign)
 
 
 def _stacked(grads: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None:
     """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
     if all(grad is None for grad in grads):
         return None
+    if len(grads) == 1:
+        return grads[0].unsqueeze(0)  # no copy
     return torch.stack([torch.zeros_like(parameter[0]) if grad is None else grad for grad in grads])
 
 

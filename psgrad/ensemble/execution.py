@@ -19,7 +19,7 @@ from psgrad.ensemble.value import Value
 __all__ = ["Execution"]
 
 _FOLDED_ELEMENTS = 40_000
-"""On the CPU, the largest mean output of a step and member for which folding wins. What folding saves is
+"""On the CPU, the largest mean output and weight of a step and member for which folding wins. What it saves is
 K - 1 calls a step; what it costs is that grouped kernels and folded tensors use the caches worse, by element.
 Measured on two cores with small CNNs, whose two curves cross between 30,000 and 70,000."""
 
@@ -41,7 +41,8 @@ class Execution:
         self.stacked = stacked
         self.strategy = strategy
         self._graphs: dict[Hashable, FoldedGraph | str] = {}
-        self._measures: dict[Hashable, float] = {}
+        self._measures: dict[Hashable, tuple[float, float]] = {}
+        """A step's mean output, in units of the input, and its mean weight."""
         self._last: EnsemblePlan | None = None
 
     @property
@@ -53,6 +54,8 @@ class Execution:
         """Why these inputs run member after member; None if folded, or if that is still to be checked."""
         if self.strategy == "loop":
             return "asked for"
+        if members == 1 and self.strategy == "auto":
+            return "one member: there is nothing to fold"
         if not all(isinstance(value, Tensor) for value in inputs):
             return "an input is no tensor"
         key = self._key(inputs, members)
@@ -105,7 +108,11 @@ class Execution:
         else:
             found = check_against_alone(self.stacked, members, inputs, own, result, buffers, states)
         if found is None:
-            self._measures[key] = folded.elements / max(1, _elements(values))
+            weights = sum(p.numel() for p in self.stacked.parameters()) / members
+            self._measures[key] = (
+                folded.elements / max(1, _elements(values)),
+                weights / max(1, len(folded.steps)),
+            )
             slower = self._slower(key, values)  # from the next call on; this one is done
             steps = tuple(folded.steps) if slower is None else self._whole(slower)
             self._last = EnsemblePlan(members, steps, slower)
@@ -124,9 +131,10 @@ class Execution:
         Pure: from the shapes alone. A step's size grows with the input, in proportion to the first run's.
         """
         on_cpu = all(value.tensor.device.type == "cpu" for value in values)
-        if self.strategy == "folded" or not on_cpu or values[0].members == 1:
+        if self.strategy == "folded" or not on_cpu:
             return None
-        elements = self._measures[key] * _elements(values)
+        outputs, weights = self._measures[key]
+        elements = outputs * _elements(values) + weights
         if elements <= _FOLDED_ELEMENTS:
             return None
         return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {_FOLDED_ELEMENTS:,}"

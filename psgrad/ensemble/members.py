@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from psgrad.errors import MemberError
 
-__all__ = ["check_members", "member_of", "stack_members", "tensors_of"]
+__all__ = ["Slots", "check_members", "member_of", "stack_members", "tensors_of"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -20,6 +21,35 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by path; a tied one once, under its first path."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class Slots:
+    """Where a stacked module keeps its parameters and buffers, to run it as one member after the other.
+
+    What `torch.func.functional_call` does for a call, at a tenth of its time: the members' tensors are put
+    straight into the modules' tables, and the stacked ones are put back when the block ends.
+    """
+
+    def __init__(self, stacked: nn.Module) -> None:
+        self._slots = [
+            (table, name, tensor)
+            for module in stacked.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self.tensors: list[Tensor] = list({id(tensor): tensor for *_, tensor in self._slots}.values())
+
+    @contextmanager
+    def holding(self, parts: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Inside, every slot holds `parts[tensor]` in place of its tensor."""
+        try:
+            for table, name, tensor in self._slots:
+                table[name] = parts[tensor]  # type: ignore[assignment]  # a plain tensor, for a while
+            yield
+        finally:
+            for table, name, tensor in self._slots:
+                table[name] = tensor  # type: ignore[assignment]
 
 
 def stack_members(modules: Sequence[nn.Module]) -> nn.Module:
