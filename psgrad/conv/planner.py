@@ -34,7 +34,7 @@ class DeviceRates:
 
 
 RATES = {
-    "cpu": DeviceRates(flops=2.5e11, bytes=2.0e10, call=1.8e-5),
+    "cpu": DeviceRates(flops=2.5e11, bytes=2.0e10, call=2.1e-5),
     "cuda": DeviceRates(flops=5.0e13, bytes=2.5e12, call=1.0e-5),
 }
 """By device type; only their ratios enter a choice. Two cores with AVX-512; a GPU's order of magnitude."""

@@ -19,8 +19,8 @@ from psgrad.ensemble.value import Value
 __all__ = ["Execution"]
 
 _FOLDED_ELEMENTS = 40_000
-"""On the CPU, the largest mean output and weight of a step and member for which folding wins. What it saves is
-K - 1 calls a step; what it costs is that grouped kernels and folded tensors use the caches worse, by element.
+"""On the CPU, the largest mean output and weight of a step and member for which folding wins. It saves
+K - 1 calls a step; it costs that grouped kernels and folded tensors use the caches worse, by element.
 Measured on two cores with small CNNs, whose two curves cross between 30,000 and 70,000."""
 
 

@@ -96,27 +96,26 @@ def chunk_bytes(problem: WeightGradProblem) -> int:
 
 
 def backend_slowdown(problem: WeightGradProblem) -> float:
-    """How many times slower than a matrix product a backend's grouped convolutions run.
+    """How many times slower than a matrix product a backend's convolutions make per-sample gradients.
 
-    Fitted to the CPU times of 140 problems: oneDNN vectorises over channels, and loses what a group has
-    not; of depthwise layers it knows 3x3 kernels best. For CUDA nothing was fitted yet.
+    Fitted, with the strategies' bytes and calls, to the CPU times of 448 problems: oneDNN vectorises over
+    channels, and loses what a group has not; a batch of one it parallelises best; 1-D layers are slow; of
+    depthwise layers it knows 3x3 kernels best. For CUDA nothing was fitted yet.
     """
-    p = problem
+    p, rank = problem, len(problem.input_size)
     if p.device.type == "cuda":
         return 3.0
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
-        rank = len(p.input_size)
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
-    if p.out_per_group < 8:
-        return 20.0
-    if min(p.out_per_group, p.in_per_group) < 16:
-        return 3.0
-    return 1.0 if p.geometry.kernel_positions > 1 else 1.8
+    slowdown = 2.0 if rank == 1 else 1.0
+    if p.out_per_group < 16:
+        return slowdown * (20.0 if p.out_per_group < 8 else 2.0)
+    return slowdown * (3.0 if p.in_per_group < 16 and p.samples > 1 else 1.0)
 
 
 def ordinary_slowdown(problem: WeightGradProblem) -> float:
     """How many times slower than a good matrix product `ordinary_weight_grad` runs on all of the problem."""
-    return 1.0 if as_product(problem) is not None else backend_slowdown(problem)
+    return 1.0 if as_product(problem) is not None else backend_slowdown(with_samples(problem, 1))
 
 
 def operand_bytes(problem: WeightGradProblem) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
-from psgrad.conv.ordinary import ordinary_weight_grad
+from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
     Verb,
+    backend_slowdown,
     operand_bytes,
-    ordinary_slowdown,
     with_samples,
 )
 
@@ -34,12 +34,13 @@ class Loop(Strategy):
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs in N calls at a backend's rate; every gradient is made, then copied or squared."""
+        product = as_product(with_samples(problem, 1)) is not None
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * (operand_bytes(problem) / 4 + 2 * problem.gradient_bytes),
-            calls=2 * problem.samples,
+            bytes=problem.samples * (operand_bytes(problem) / 4 + 3 * problem.gradient_bytes),
+            calls=problem.samples,
             peak_bytes=problem.gradient_bytes,
-            slowdown=ordinary_slowdown(with_samples(problem, 1)),
+            slowdown=1.0 if product else backend_slowdown(problem),
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

@@ -29,14 +29,16 @@ class Unfold(Strategy):
         return None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """F FLOPs; the unfolded copy is written, and read from cache; a product per sample and group."""
+        """F FLOPs; the unfolded copy is written and read, if there is one; a product per sample and group."""
         unfolded = self._unfolded_bytes(problem)
         chunk = samples_per_chunk(problem, unfolded)
-        copied = 1.35 if problem.geometry.kernel_positions > 1 else 0.35
+        geometry = problem.geometry
+        duplicates = geometry.kernel_positions > 1 and geometry.kernel_size != geometry.stride
+        copied = 1.6 if duplicates else 0.4
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * (copied * unfolded + 0.35 * problem.gradient_bytes),
-            calls=3 + problem.samples * problem.groups // 30,
+            bytes=problem.samples * (copied * unfolded + 0.7 * problem.gradient_bytes),
+            calls=2 + problem.samples * problem.groups // 30,
             peak_bytes=min(chunk, problem.samples) * unfolded,
         )
 

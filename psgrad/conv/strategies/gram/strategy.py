@@ -76,8 +76,8 @@ class Gram(Strategy):
         chunks = -(-p.samples // samples_per_chunk(p, self._bytes(p)))
         return Cost(
             flops=p.samples * flops,
-            bytes=p.samples * moved * size,
-            calls=chunks * (8 + calls),
+            bytes=3.0 * p.samples * moved * size,
+            calls=chunks * (8 + calls) // 2,
             peak_bytes=min(samples_per_chunk(p, self._bytes(p)), p.samples) * self._bytes(p),
         )
 
