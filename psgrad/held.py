@@ -45,7 +45,7 @@ class Held:
                 self._where.update(dict.fromkeys(together.parameters, together))
                 return
             # both must be written out to be added up, sample by sample
-            contribution = KeptGrads(earlier.path, earlier.grads(), earlier.samples) + contribution
+            contribution = earlier.plus(contribution)
         self._hold(contribution.kept())
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
@@ -66,6 +66,15 @@ class Held:
             if isinstance(contribution, RepeatedUse):
                 self._hold(contribution.kept())
 
+    def settled(self) -> list[tuple[Contribution, PerParameter]]:
+        """Return what is held with its squared norms by parameter; none is in two contributions."""
+        self._settle()
+        return [(c, {p: self._sq_norm(p) for p in c.parameters}) for c in self._contributions()]
+
+    def _sq_norm(self, p: nn.Parameter) -> Tensor:
+        found = self._sq_norms.get(p)
+        return squared_norms(self._written(p).flatten(1)) if found is None else found
+
     def _contributions(self) -> list[Contribution]:
         """Return what is held, in the order of backward."""
         return list({id(c): c for c in self._where.values()}.values())
@@ -81,9 +90,9 @@ class Held:
         return found
 
     def sq_norms(self, groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, Tensor]:
-        """Squared norms `[N]` over each group of parameters, float32 at least, once between two releases.
+        """Squared norms over each group of parameters, float32 at least, once between two releases.
 
-        A group of which no parameter contributed is left out.
+        They are `[N]`, or `[K, N]` of an ensemble. A group of which no parameter contributed is left out.
         """
         self._settle()
         found = {}
@@ -105,7 +114,8 @@ class Held:
     def release(self, factors: PerParameter) -> None:
         """Add `sum_n factors[p][n] * grads[p][n]` to every parameter's `.grad`, and hold nothing any more.
 
-        `factors` is `[N]` for every parameter; parameters that are clipped together share one tensor.
+        `factors` is `[N]`, or `[K, N]`, for every parameter; parameters that are clipped together share one
+        tensor.
         """
         for p, added in self._weighted_sums(factors).items():
             accumulate(p, added)
@@ -145,7 +155,7 @@ class Held:
 
 
 def total_norms(sq_norms: Iterable[Tensor]) -> Tensor:
-    """Norms `[N]` from squared norms `[N]`, float64 if one of them is."""
+    """Norms from squared norms of the same shape, float64 if one of them is."""
     return _sum(list(sq_norms)).sqrt()
 
 

@@ -4,8 +4,18 @@
 runs one sample at a time what no rule describes; `recorder` tells the consumer, in `contribution`s.
 """
 
+from psgrad.capture.attach import Attached, attach
 from psgrad.capture.capture import Capture
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.capture.recorder import Consumer
 
-__all__ = ["Capture", "Consumer", "Contribution", "KeptGrads", "LayerUse", "PerParameter"]
+__all__ = [
+    "Attached",
+    "Capture",
+    "Consumer",
+    "Contribution",
+    "KeptGrads",
+    "LayerUse",
+    "PerParameter",
+    "attach",
+]

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import KeptGrads, LayerUse
 from psgrad.capture.parametrized import Carried, Computed
-from psgrad.capture.recorder import Consumer, Recorder
+from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
@@ -71,10 +71,10 @@ class Capture:
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
-        self._trainable = _trainable(module)
+        self._trainable = trainable_of(module)
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(_not_captured(name)) for name, p in self._trainable.items()
+            p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
         for layer in layers:
             self._attach(layer)
@@ -84,6 +84,9 @@ class Capture:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The module's trainable parameters by path, each once; other ones than at first are refused."""
         return self._trainable
+
+    gradients_per_sample = 1
+    """See `psgrad.capture.attach.Attached`."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -300,21 +303,7 @@ class Capture:
         self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]))
 
     def _check_trainable(self) -> None:
-        trainable = _trainable(self._module)
-        changed = [
-            name
-            for name in sorted(self._trainable | trainable)
-            if self._trainable.get(name) is not trainable.get(name)
-        ]
-        if changed:
-            raise CaptureError(
-                f"requires_grad, or the parameter, has changed since psgrad was attached, of "
-                f"{', '.join(changed)}: remove() the handle and attach a new one"
-            )
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+        refuse_changed(self._trainable, trainable_of(self._module))
 
 
 class _OtherRowsError(ShapeError):
@@ -323,14 +312,3 @@ class _OtherRowsError(ShapeError):
     def __init__(self, layer: Layer, reason: str) -> None:
         super().__init__(f"{layer}: {reason}")
         self.layer = layer
-
-
-def _not_captured(name: str) -> Callable[[Tensor], None]:
-    def hook(p: Tensor) -> None:
-        raise CaptureError(
-            f"parameter {name!r} got an ordinary gradient: it was used outside of the module that owns it, "
-            "where no per-sample gradient could be captured. Use it inside that module's forward, or freeze "
-            "it; a penalty on weights belongs in the optimizer (weight_decay)."
-        )
-
-    return hook

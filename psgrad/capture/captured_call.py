@@ -17,7 +17,7 @@ from psgrad.capture.survey import Layer
 from psgrad.errors import CaptureError
 from psgrad.layers import LayerRule
 
-__all__ = ["captured_call"]
+__all__ = ["captured_call", "told"]
 
 
 def captured_call(
@@ -32,10 +32,17 @@ def captured_call(
 
     `anchor` is a scalar that requires grad: it makes the call part of the graph where x does not.
     """
-    if torch._C._current_graph_task_id() != -1:  # a checkpoint runs the layer again, in backward
-        record = partial(_refuse, layer.path)
     params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
     out, saved = rule.forward_saving(layer.module, params, x, *rest)
+    return told(record, layer.path, anchor, x, out, *saved)
+
+
+def told(
+    record: Callable[..., None], path: str, anchor: Tensor, x: Tensor, out: Tensor, *saved: Tensor
+) -> Tensor:
+    """`out`, which a layer at `path` computed from x on detached parameters; as for `captured_call`."""
+    if torch._C._current_graph_task_id() != -1:  # a checkpoint runs the layer again, in backward
+        record = partial(_refuse, path)
     return _Told.apply(record, anchor, x, out, *saved)
 
 

@@ -26,7 +26,7 @@ class Contribution(ABC):
     path
         Of the module the parameters were used in.
     samples
-        N.
+        N. The results of an ensemble's contribution have `[K, N]` where a model's have `[N]`.
     parameters
         The parameters, in the module's order.
 
@@ -54,6 +54,10 @@ class Contribution(ABC):
     @abstractmethod
     def kept(self) -> Contribution:
         """Return the form to hold between the two verbs of clipping: written out, or as it is."""
+
+    def plus(self, other: Contribution) -> Contribution:
+        """Return both uses of the same parameters added up, sample by sample: a norm is that of the sum."""
+        return KeptGrads(self.path, self.grads(), self.samples) + other
 
 
 @dataclass(frozen=True)

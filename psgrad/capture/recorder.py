@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import Variable
 
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import CaptureError, ShapeError
 
-__all__ = ["Consumer", "Recorder"]
+__all__ = ["Consumer", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
 
 
 class Consumer(Protocol):
@@ -92,3 +93,38 @@ class Recorder:
         if not torch.is_autocast_enabled(self._device_type):
             return nullcontext()
         return torch.autocast(self._device_type, enabled=False)
+
+
+def not_captured(name: str) -> Callable[[Tensor], None]:
+    """Return a hook that refuses the ordinary gradient of a parameter, by its path."""
+
+    def hook(p: Tensor) -> None:
+        raise CaptureError(
+            f"parameter {name!r} got an ordinary gradient: it was used outside of the module that owns it, "
+            "where no per-sample gradient could be captured. Use it inside that module's forward, or freeze "
+            "it; a penalty on weights belongs in the optimizer (weight_decay)."
+        )
+
+    return hook
+
+
+def refuse_changed(before: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+    """Raise if the trainable parameters, by path, are not those that a capture was attached to.
+
+    Raises
+    ------
+    CaptureError
+        As said, by path.
+
+    """
+    changed = [name for name in sorted({**before, **now}) if before.get(name) is not now.get(name)]
+    if changed:
+        raise CaptureError(
+            f"requires_grad, or the parameter, has changed since psgrad was attached, of "
+            f"{', '.join(changed)}: remove() the handle and attach a new one"
+        )
+
+
+def trainable_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's trainable parameters by path, each once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ShadowForward", "shadow_forward", "unshadow_forward"]
+__all__ = ["ShadowForward", "is_shadowed", "shadow_forward", "unshadow_forward"]
 
 
 class ShadowForward:
@@ -31,6 +31,11 @@ class ShadowForward:
 def shadow_forward(module: nn.Module, run: Callable[..., Any]) -> None:
     """Shadow `module.forward`, which may be shadowed already, with `run(forward, args, kwargs)`."""
     module.__dict__["forward"] = ShadowForward(module, run)
+
+
+def is_shadowed(module: nn.Module) -> bool:
+    """Whether a forward of psgrad's shadows the module's."""
+    return isinstance(module.__dict__.get("forward"), ShadowForward)
 
 
 def unshadow_forward(module: nn.Module) -> None:

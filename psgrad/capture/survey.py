@@ -12,7 +12,7 @@ from psgrad.capture.shadow import ShadowForward
 from psgrad.errors import RefusedModelError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
 
-__all__ = ["Layer", "layers_of", "refuse_mixing", "refuse_model"]
+__all__ = ["Layer", "layers_of", "refuse_mixing", "refuse_model", "why_not_shadowed"]
 
 OPAQUE = (nn.MultiheadAttention,)
 """Modules that use their children's parameters without calling the children."""
@@ -102,7 +102,7 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
     if said:
         raise RefusedModelError("no per-sample gradients for this model:\n  " + "\n  ".join(said))
     shadowed = [("", module), *((layer.path, layer.module) for layer in layers if layer.path)]
-    reasons = [f"{_named(path, m)}: {why}" for path, m in shadowed if (why := _why_not_shadowed(m))]
+    reasons = [f"{_named(path, m)}: {why}" for path, m in shadowed if (why := why_not_shadowed(m))]
     reasons += [
         f"{layer}: its weight is computed by a hook before every forward (torch.nn.utils.weight_norm, "
         "spectral_norm, prune): use torch.nn.utils.parametrizations or torch.nn.utils.parametrize instead"
@@ -132,7 +132,8 @@ def refuse_mixing(module: nn.Module) -> None:
         raise RefusedModelError("layers that mix samples:\n  " + "\n  ".join(reasons))
 
 
-def _why_not_shadowed(module: nn.Module) -> str | None:
+def why_not_shadowed(module: nn.Module) -> str | None:
+    """Why no handle can be attached to this very module, or None."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, ShadowForward):
         return "a psgrad handle is attached already; call its remove() first"

@@ -6,6 +6,7 @@ in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psgrad.capture import Capture
+from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution, PerParameter
+from psgrad.clipping.adaptive import AdaptiveQuantile
 from psgrad.clipping.result import ClipResult, Gathered
 from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
 from psgrad.clipping.table import as_style
@@ -46,7 +48,7 @@ class ClipPerSample:
         """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
         self._result: ClipResult | None = None
         self._held = Held()
-        self._capture = Capture(module, self, rows_per_sample)
+        self._capture = attach(module, self, rows_per_sample)
         try:
             self._use(style)
         except ConfigError:
@@ -54,6 +56,11 @@ class ClipPerSample:
             raise
 
     def _use(self, style: ClippingStyle) -> None:
+        if self._capture.gradients_per_sample > 1 and isinstance(style, AdaptiveQuantile):
+            raise ConfigError(
+                "style 'adaptive' follows a quantile of one model's norms, and this is an ensemble of "
+                f"{self._capture.gradients_per_sample}: use 'flat', 'per_layer' or 'automatic'"
+            )
         trainable = self.trainable
         self._groups: tuple[Group, ...] = style.groups(list(trainable))
         self._members = {group.path: [trainable[name] for name in group.names] for group in self._groups}
@@ -63,8 +70,11 @@ class ClipPerSample:
 
     @property
     def l2_bound(self) -> float:
-        """The most that one sample can change the clipped sum of the present logical step by, in L2 norm."""
-        return l2_bound(self._groups)
+        """The most that one sample can change the clipped sum of the present logical step by, in L2 norm.
+
+        Of an ensemble: the sums of all K members together, in each of which it may be once; so sqrt(K) C.
+        """
+        return l2_bound(self._groups) * math.sqrt(self._capture.gradients_per_sample)
 
     @property
     def result(self) -> ClipResult:
@@ -154,7 +164,7 @@ class ClipPerSample:
         self._gathered = replace(
             so_far,
             backward_passes=so_far.backward_passes + 1,
-            samples=so_far.samples + len(norms),
+            samples=so_far.samples + norms.numel(),
             non_finite=so_far.non_finite.to(norms.device) + result.non_finite.sum(),
         )
 
@@ -225,7 +235,7 @@ def clip_per_sample(
     Parameters
     ----------
     module
-        The model.
+        The model, or a `psgrad.ensemble.Ensemble`, of which every member is clipped as if it were alone.
     max_norm
         C > 0, the largest L2 norm that a sample's gradient over all trainable parameters keeps; a longer
         one is scaled down to it. With inf, `p.grad` is the ordinary gradient. By path of modules for the
@@ -251,6 +261,9 @@ def clip_per_sample(
     at most `.l2_bound`, also when several backward passes add up to it. A sample whose gradient is not
     finite contributes nothing and is reported in `.result.non_finite`. A parameter that is used several
     times is clipped by the norm of the sum of its uses.
+
+    Of an ensemble all this holds for every member: `p.grad[k]` is what the member alone would have, norms and
+    factors are `[K, N]`, and `.l2_bound` is of all members together.
 
     Raises
     ------

@@ -17,10 +17,11 @@ class ClipResult:
     Attributes
     ----------
     norms
-        `[N]` norms of the samples' own gradients before clipping, over all trainable parameters.
+        `[N]`, of an ensemble `[K, N]`: norms of the samples' own gradients before clipping, over all
+        trainable parameters.
     factors
-        `[N]` what each was multiplied by, in the group where it is smallest; 0 for a gradient that is not
-        finite, which is left out of every group.
+        Of the same shape: what each was multiplied by, in the group where it is smallest; 0 for a gradient
+        that is not finite, which is left out of every group.
     l2_bound
         The most that one sample can change the clipped *sum* by, in L2 norm: what noise is scaled to.
     group_norms, group_factors
@@ -36,12 +37,12 @@ class ClipResult:
 
     @property
     def clipped(self) -> Tensor:
-        """`[N]` bool: the samples whose gradient was made shorter, or is not finite."""
+        """Bool, as `norms`: the samples whose gradient was made shorter, or is not finite."""
         return self.factors < 1
 
     @property
     def non_finite(self) -> Tensor:
-        """`[N]` bool: the samples that were left out because their gradient is not finite."""
+        """Bool, as `norms`: the samples that were left out because their gradient is not finite."""
         return ~self.norms.isfinite()
 
 
@@ -56,7 +57,8 @@ class Gathered:
     backward_passes
         How many were clipped. 0 means that `.grad` holds nothing that is bounded.
     samples, non_finite
-        Scalars, int64: samples seen, and those left out. Private, as they depend on the drawn batch.
+        Scalars, int64: samples seen, and those left out; in an ensemble once a member. Private, as they
+        depend on the drawn batch.
 
     """
 

@@ -8,13 +8,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from psgrad.capture import Consumer
+from psgrad.capture.shadow import is_shadowed
 from psgrad.ensemble.eager import eager_losses
 from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.losses import member_losses
 from psgrad.ensemble.members import member_of, stack_members, tensors_of
+from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
-from psgrad.ensemble.randomness import MemberRandomness, given_back
+from psgrad.ensemble.randomness import MemberRandomness, given_back, without_trace
 from psgrad.errors import ConfigError, MemberError, ShapeError
 
 __all__ = ["Ensemble", "Strategy"]
@@ -37,14 +40,16 @@ class Ensemble(nn.Module):
     stacked
         A module of the members' class that holds the stacked parameters and buffers. It is not to be
         called itself.
+    execution, randomness
+        How it runs, and the members' random streams.
 
     """
 
     per_sample_refusal = (
-        "the members of an ensemble run as one, where a sample has K gradients: attach the handle to"
-        " ensemble.member(k) and fit the members apart"
+        "a sample has K gradients in an ensemble: clip_per_sample takes an ensemble itself, not a model with"
+        " one inside; for other handles fit ensemble.member(k) apart"
     )
-    """Why the per-sample handles refuse an ensemble, or a model with one inside."""
+    """Why handles for one gradient a sample refuse an ensemble, and all of them a model with one inside."""
 
     def __init__(
         self, modules: Sequence[nn.Module], randomness: MemberRandomness, strategy: Strategy = "auto"
@@ -53,8 +58,8 @@ class Ensemble(nn.Module):
         if strategy not in get_args(Strategy):
             raise ConfigError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
         self.stacked = stack_members(modules)
-        self._randomness = randomness
-        self._execution = Execution(self.stacked, strategy)
+        self.randomness = randomness
+        self.execution = Execution(self.stacked, strategy)
         self.training = self.stacked.training
 
     @classmethod
@@ -106,10 +111,14 @@ class Ensemble(nn.Module):
             raise MemberError(f"{len(seeds)} seeds for {len(modules)} modules")
         return cls(modules, MemberRandomness.of_seeds(seeds), strategy)
 
+    def per_sample_capture(self, consumer: Consumer, rows_per_sample: int) -> MemberCapture:
+        """Capture every member's per-sample gradients: what `psgrad.capture.attach` asks for."""
+        return MemberCapture(self, consumer, rows_per_sample)
+
     @property
     def members(self) -> int:
         """K, the number of members."""
-        return len(self._randomness.generators)
+        return len(self.randomness.generators)
 
     def member(self, k: int) -> nn.Module:
         """Return member k as a plain module of its own class, bitwise the same weights and buffers.
@@ -146,8 +155,8 @@ class Ensemble(nn.Module):
             If `own` and a tensor's first axis is not K.
 
         """
-        self._check_own(inputs, own)
-        return self._execution.run(inputs, own, self.members, self._randomness)
+        self.check_own(inputs, own)
+        return self.execution.run(inputs, own, self.members, self.randomness)
 
     def own(self, *inputs: Any) -> Any:
         """Every member's output on its own data: `ens(*inputs, own=True)`."""
@@ -179,20 +188,21 @@ class Ensemble(nn.Module):
 
         """
         inputs = x if isinstance(x, tuple) else (x,)
-        self._check_own((y,), own)
-        self._check_own(inputs, own)
-        why = self._execution.refusal(inputs, own, self.members)
+        self.check_own((y,), own)
+        self.check_own(inputs, own)
+        captured = is_shadowed(self)  # then gradients are not to be taken before the backward pass
+        why = None if captured else self.execution.refusal(inputs, own, self.members)
         if why is not None and torch.is_grad_enabled() and not _scales_losses():
-            self._execution.note_loop(self.members, why)
+            self.execution.note_loop(self.members, why)
             return eager_losses(
                 self.stacked,
                 fn,
                 lambda k: tuple(_part(value, k) if own else value for value in inputs),
                 lambda k: _part(y, k) if own else y,
-                self._randomness,
+                self.randomness,
             )
         outputs = self(*inputs, own=own)
-        return member_losses(fn, outputs, y, own, self._randomness)
+        return member_losses(fn, outputs, y, own, self.randomness)
 
     @torch.no_grad()
     def predict(self, *inputs: Any, own: bool = False, link: str = "softmax") -> Prediction:
@@ -228,17 +238,10 @@ class Ensemble(nn.Module):
 
         It is found by running it: buffers and random streams are given back.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        states = list(self._randomness.states)
-        try:
-            with torch.enable_grad() if self.training else torch.no_grad():
-                self(*inputs, own=own)
-        finally:
-            for name, buffer in self.named_buffers():
-                buffer.copy_(buffers[name])
-            self._randomness.set_states(states)
-        assert self._execution.last_plan is not None
-        return self._execution.last_plan
+        with without_trace(self, self.randomness), torch.set_grad_enabled(self.training):
+            self(*inputs, own=own)
+        assert self.execution.last_plan is not None
+        return self.execution.last_plan
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop every member but these, in this order; parameters stay the same objects.
@@ -250,8 +253,12 @@ class Ensemble(nn.Module):
         ------
         MemberError
             If there is none, one stands twice or does not exist.
+        ConfigError
+            If a per-sample handle is attached.
 
         """
+        if is_shadowed(self):
+            raise ConfigError("keep changes the members that are captured: remove() the handle before")
         kept = [int(index) for index in indices]
         if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
             raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
@@ -264,11 +271,11 @@ class Ensemble(nn.Module):
             tensor.data = data.new_empty(0, dtype=other)
             tensor.data = data
             tensor.grad = None if grad is None else grad[kept]
-        self._randomness = MemberRandomness([self._randomness.states[k] for k in kept])
+        self.randomness = MemberRandomness([self.randomness.states[k] for k in kept])
 
     def get_extra_state(self) -> Tensor:
         """`[K, bytes]`: the members' random states, part of `state_dict`."""
-        return self._randomness.states
+        return self.randomness.states
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the members' random streams from a `state_dict`.
@@ -281,9 +288,19 @@ class Ensemble(nn.Module):
         """
         if len(state) != self.members:
             raise MemberError(f"the state is of {len(state)} members, the ensemble has {self.members}")
-        self._randomness = MemberRandomness(list(state.cpu()))
+        self.randomness = MemberRandomness(list(state.cpu()))
 
-    def _check_own(self, inputs: Sequence[Any], own: bool) -> None:
+    def check_own(self, inputs: Sequence[Any], own: bool) -> None:
+        """Raise if these inputs are not what `own` says.
+
+        Raises
+        ------
+        ConfigError
+            If `own` is no bool.
+        ShapeError
+            If it is True and a tensor's first axis is not K.
+
+        """
         if not isinstance(own, bool):
             raise ConfigError(f"own must be True or False, got {own!r}")
         for value in inputs:

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.ensemble.check import check_against_alone
-from psgrad.ensemble.interpreter import FoldedGraph
+from psgrad.ensemble.interpreter import FoldedGraph, RunLayer
 from psgrad.ensemble.loop import call_members, stacked_results
 from psgrad.ensemble.plan import EnsemblePlan, Step
-from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.ensemble.randomness import MemberRandomness, without_trace
 from psgrad.ensemble.trace import trace_key, trace_member
 from psgrad.ensemble.value import Value
 
-__all__ = ["Execution"]
+__all__ = ["Execution", "values_of"]
 
 _FOLDED_ELEMENTS = 40_000
 """On the CPU, the largest mean output and weight of a step and member for which folding wins. It saves
 K - 1 calls a step; it costs that grouped kernels and folded tensors use the caches worse, by element.
 Measured on two cores with small CNNs, whose two curves cross between 30,000 and 70,000."""
+_CAPTURED_ELEMENTS = 200_000
+"""The same where per-sample gradients are captured, which makes every call cost more: those curves cross
+between 180,000, with 16 members, and 570,000, with 4."""
 
 
 class Execution:
@@ -50,7 +53,9 @@ class Execution:
         """How the last call ran."""
         return self._last
 
-    def refusal(self, inputs: Sequence[Any], own: bool, members: int) -> str | None:
+    def refusal(
+        self, inputs: Sequence[Any], own: bool, members: int, most: int = _FOLDED_ELEMENTS
+    ) -> str | None:
         """Why these inputs run member after member; None if folded, or if that is still to be checked."""
         if self.strategy == "loop":
             return "asked for"
@@ -65,7 +70,31 @@ class Execution:
         graph_or_why = self._graphs[key]
         if isinstance(graph_or_why, str):
             return graph_or_why
-        return self._slower(key, _values(inputs, own, members)) if key in self._measures else None
+        return self._slower(key, values_of(inputs, own, members), most) if key in self._measures else None
+
+    def checked(
+        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
+    ) -> FoldedGraph | str:
+        """The graph by which these inputs run captured, or why they do not; a new one is run and checked."""
+        why = self.refusal(inputs, own, members, _CAPTURED_ELEMENTS)
+        key = self._key(inputs, members)
+        if why is None and key not in self._measures:
+            with without_trace(self.stacked, randomness):
+                self.run(inputs, own, members, randomness)
+            why = self.refusal(inputs, own, members, _CAPTURED_ELEMENTS)
+        return self._graphs[key] if why is None else why
+
+    def run_folded(
+        self,
+        graph: FoldedGraph,
+        values: Sequence[Value],
+        randomness: MemberRandomness,
+        layers: RunLayer | None,
+    ) -> Any:
+        """Every member's output, by a graph of `checked`."""
+        result = graph.run(values, randomness, layers)
+        self._last = EnsemblePlan(graph.members, tuple(graph.steps), None)
+        return result
 
     def note_loop(self, members: int, why: str) -> None:
         """Remember that a call ran member after member."""
@@ -77,13 +106,11 @@ class Execution:
         if why is not None:
             return self._loop(inputs, own, members, randomness, why)
         key = self._key(inputs, members)
-        folded, values = self._graphs[key], _values(inputs, own, members)
+        folded, values = self._graphs[key], values_of(inputs, own, members)
         assert isinstance(folded, FoldedGraph)
         if key not in self._measures:
             return self._first(key, folded, values, inputs, own, randomness)
-        result = folded.run(values, randomness)
-        self._last = EnsemblePlan(members, tuple(folded.steps), None)
-        return result
+        return self.run_folded(folded, values, randomness, None)
 
     def _key(self, inputs: Sequence[Any], members: int) -> Hashable:
         return len(inputs), members, trace_key(self.stacked)
@@ -125,7 +152,7 @@ class Execution:
         self._graphs[key] = found
         return result
 
-    def _slower(self, key: Hashable, values: Sequence[Value]) -> str | None:
+    def _slower(self, key: Hashable, values: Sequence[Value], most: int = _FOLDED_ELEMENTS) -> str | None:
         """Why members one after the other are estimated to be faster; None if they are not.
 
         Pure: from the shapes alone. A step's size grows with the input, in proportion to the first run's.
@@ -135,9 +162,9 @@ class Execution:
             return None
         outputs, weights = self._measures[key]
         elements = outputs * _elements(values) + weights
-        if elements <= _FOLDED_ELEMENTS:
+        if elements <= most:
             return None
-        return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {_FOLDED_ELEMENTS:,}"
+        return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {most:,}"
 
     def _whole(self, why: str) -> tuple[Step, ...]:
         return (Step("", type(self.stacked).__name__, "loop", why),)
@@ -161,5 +188,6 @@ def _elements(values: Sequence[Value]) -> int:
     return sum(value.shape.numel() for value in values)
 
 
-def _values(inputs: Sequence[Tensor], own: bool, members: int) -> list[Value]:
+def values_of(inputs: Sequence[Tensor], own: bool, members: int) -> list[Value]:
+    """Return the values that a graph is run with."""
     return [Value.stacked(x) if own else Value.shared(x, members) for x in inputs]

@@ -17,7 +17,10 @@ from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.ensemble.trace import is_in_place
 from psgrad.ensemble.value import Value
 
-__all__ = ["FoldedGraph"]
+__all__ = ["FoldedGraph", "RunLayer"]
+
+RunLayer = Callable[[str, nn.Module, Sequence[Any], Callable[[nn.Module], Computed | str]], Computed | str]
+"""Runs a layer: from its path, itself, its arguments, and what computes it, or one in its place, by rule."""
 
 
 class FoldedGraph:
@@ -46,8 +49,10 @@ class FoldedGraph:
         """See the class."""
         return self._elements / max(1, len(self.steps))
 
-    def run(self, inputs: Sequence[Value], randomness: MemberRandomness) -> Any:
-        """Every member's output, trees of `[K, ...]`."""
+    def run(
+        self, inputs: Sequence[Value], randomness: MemberRandomness, layers: RunLayer | None = None
+    ) -> Any:
+        """Every member's output, trees of `[K, ...]`; `layers` runs the layers, if not their rules."""
         self.steps, self._elements = [], 0
         values: dict[fx.Node, Any] = {}
         pending = iter(inputs)
@@ -59,7 +64,7 @@ class FoldedGraph:
             elif node.op == "output":
                 return tree_map(_stacked, _filled(node.args[0], values))
             else:
-                result = self._compute(node, values, randomness)
+                result = self._compute(node, values, randomness, layers)
                 values[node] = result
                 if isinstance(result, Value):
                     self._elements += result.shape.numel()
@@ -78,13 +83,23 @@ class FoldedGraph:
             if node.op in ("placeholder", "get_attr") or not is_in_place(node, self.stacked):
                 return
 
-    def _compute(self, node: fx.Node, values: dict[fx.Node, Any], randomness: MemberRandomness) -> Any:
+    def _compute(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        randomness: MemberRandomness,
+        layers: RunLayer | None,
+    ) -> Any:
         args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Value)]
         if node.op == "call_module":
             module = self.stacked.get_submodule(node.target)  # type: ignore[arg-type]
             rule: Callable[..., Computed | str] | None = MODULE_RULES.get(type(module))
-            computed = _by_rule(rule, (module, randomness, *args), kwargs)
+
+            def compute(layer: nn.Module) -> Computed | str:
+                return _by_rule(rule, (layer, randomness, *args), kwargs)
+
+            computed = compute(module) if layers is None else layers(str(node.target), module, args, compute)
             if isinstance(computed, Computed):
                 return self._noted(node, type(module).__name__, computed)
             return self._one_by_one(node, type(module).__name__, module, args, kwargs, computed, randomness)

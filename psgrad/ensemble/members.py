@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psgrad.errors import MemberError
 
-__all__ = ["Slots", "check_members", "member_of", "stack_members", "tensors_of"]
+__all__ = ["Slots", "check_members", "member_of", "stack_members", "tensors_of", "with_tensors"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -83,6 +83,17 @@ def member_of(stacked: nn.Module, k: int) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
     return copy.deepcopy(stacked, memo)
+
+
+def with_tensors(
+    module: nn.Module, parameters: Callable[[Tensor], Tensor], buffers: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """Return a layer like this one, of other parameters and buffers; whatever else it has is the same."""
+    other = module.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    other._parameters = {n: None if t is None else parameters(t) for n, t in module._parameters.items()}  # type: ignore[misc]
+    other._buffers = {n: None if t is None else buffers(t) for n, t in module._buffers.items()}
+    return other
 
 
 def check_members(modules: Sequence[nn.Module]) -> None:

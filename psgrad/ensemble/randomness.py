@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["MemberRandomness", "given_back"]
+__all__ = ["MemberRandomness", "given_back", "without_trace"]
 
 
 @contextmanager
@@ -17,6 +17,20 @@ def given_back() -> Iterator[None]:
     """Leave PyTorch's random states, CPU and CUDA, as they were found."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
+
+
+@contextmanager
+def without_trace(module: nn.Module, randomness: MemberRandomness) -> Iterator[None]:
+    """Put a module's buffers and the members' streams back afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    states = list(randomness.states)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+        randomness.set_states(states)
 
 
 class MemberRandomness:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad import GradNorms, PerSampleGrads, RefusedModelError, clip_per_sample
 from psgrad.ensemble import Ensemble
 
 
@@ -63,12 +62,3 @@ def test_without_gradients_nothing_is_differentiated() -> None:
     with torch.no_grad():
         losses = ens.loss(F.cross_entropy, torch.randn(6, 4), torch.randint(0, 3, (6,)))
     assert not losses.requires_grad
-
-
-@pytest.mark.parametrize("handle", [lambda m: clip_per_sample(m, 1.0), PerSampleGrads, GradNorms])
-def test_per_sample_gradients_of_an_ensemble_are_refused(handle: object) -> None:
-    ens = Ensemble.from_factory(lambda: nn.Linear(4, 3), range(2))
-    with pytest.raises(RefusedModelError, match=r"member\(k\)"):
-        handle(ens)  # type: ignore[operator]
-    with pytest.raises(RefusedModelError, match=r"0 \(Ensemble\)"):
-        handle(nn.Sequential(ens))  # type: ignore[operator]

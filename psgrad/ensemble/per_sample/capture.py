@@ -1,0 +1,166 @@
+"""`MemberCapture`: every member's per-sample gradients, from one backward pass of the ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from psgrad.capture import Consumer, Contribution
+from psgrad.capture.recorder import not_captured, refuse_changed, trainable_of
+from psgrad.capture.shadow import shadow_forward, unshadow_forward
+from psgrad.capture.survey import refuse_mixing, why_not_shadowed
+from psgrad.ensemble.per_sample.folded import FoldedCapture
+from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
+from psgrad.errors import RefusedModelError, ShapeError
+from psgrad.held import Held
+
+if TYPE_CHECKING:
+    from psgrad.ensemble.ensemble import Ensemble
+
+__all__ = ["MemberCapture"]
+
+
+class MemberCapture:
+    """Attach to an ensemble until `remove()` and tell `consumer` about every backward pass.
+
+    What `psgrad.capture.Capture` is for one model: contributions are to the stacked parameters `[K, *shape]`,
+    and have `[K, N]` where those of a model have `[N]`. Members that a backward pass does not reach
+    contribute zeros.
+
+    Parameters
+    ----------
+    ensemble
+        Its `forward` is shadowed on the instance; a copy is free of the capture.
+    consumer
+        Is told.
+    rows_per_sample
+        The consecutive rows of a member's batch that make one sample.
+
+    Raises
+    ------
+    RefusedModelError
+        As `Capture`, by paths in the member.
+
+    """
+
+    def __init__(self, ensemble: Ensemble, consumer: Consumer, rows_per_sample: int) -> None:
+        if (why := why_not_shadowed(ensemble)) is not None:
+            raise RefusedModelError(f"no per-sample gradients for this ensemble: {why}")
+        self._ensemble = ensemble
+        self._consumer = consumer
+        self._held = [Held() for _ in range(ensemble.members)]
+        self._open: set[_Part] = set()  # what the present backward pass reached and has not ended
+        self._samples: int | None = None
+        members = [_Part(self, held.add) for held in self._held]
+        self._looped = LoopedCapture(ensemble.stacked, members, rows_per_sample)
+        self._trainable = trainable_of(ensemble)
+        self._folded = FoldedCapture(
+            ensemble.stacked, ensemble.execution, _Part(self, consumer.add), self._check, rows_per_sample
+        )
+        self._handles: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
+        ]
+        shadow_forward(ensemble, self._run)
+
+    @property
+    def gradients_per_sample(self) -> int:
+        """K, the number of members."""
+        return len(self._held)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The stacked trainable parameters by path, each once; other ones than at first are refused."""
+        return self._trainable
+
+    def remove(self) -> None:
+        """Give the ensemble back as it was. Twice is as good as once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._looped.remove()
+        unshadow_forward(self._ensemble)
+
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the ensemble, captured if gradients are being recorded."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if self._open and torch._C._current_graph_task_id() == -1:
+            self.abandon()  # a backward pass ended in an error
+        ensemble, own = self._ensemble, kwargs.get("own", False)
+        ensemble.check_own(args, own)
+        self._check()
+        refuse_mixing(ensemble.stacked)
+        graph = self._folded.graph_for(args, own, ensemble.members, ensemble.randomness)
+        if not isinstance(graph, str):
+            return self._folded.run(graph, args, own, ensemble.randomness)
+        ensemble.execution.note_loop(ensemble.members, graph)
+        return self._looped.run(
+            lambda k: tuple(x[k] if own and isinstance(x, Tensor) else x for x in args), ensemble.randomness
+        )
+
+    def _check(self) -> None:
+        refuse_changed(self._trainable, trainable_of(self._ensemble))
+
+    def reached(self, part: _Part) -> None:
+        """The backward pass has reached a part of the ensemble."""
+        self._open.add(part)
+
+    def ended(self, part: _Part, samples: int) -> None:
+        """The backward pass has ended for a part; the consumer is told after the last.
+
+        Raises
+        ------
+        ShapeError
+            If parts had batches of different sizes.
+
+        """
+        if self._samples not in (None, samples):
+            first = self._samples
+            self.abandon()
+            raise ShapeError(
+                f"members saw {first} and {samples} samples in one backward pass, which need be as many"
+            )
+        self._samples = samples
+        self._open.discard(part)
+        if self._open:
+            return
+        self._samples = None
+        contributions = joined(self._held, self._looped.whose, samples)
+        for held in self._held:
+            held.clear()
+        for contribution in contributions:
+            self._consumer.add(contribution)
+        self._consumer.finish(samples)
+
+    def abandon(self) -> None:
+        """Drop what an unfinished backward pass left."""
+        self._open.clear()
+        self._samples = None
+        for held in self._held:
+            held.clear()
+        self._consumer.abandon()
+
+
+class _Part:
+    """One of the captures that a backward pass of the ensemble goes through, as its consumer."""
+
+    def __init__(self, whole: MemberCapture, take: Callable[[Contribution], None]) -> None:
+        self._whole = whole
+        self._take = take
+
+    def add(self, contribution: Contribution) -> None:
+        """Take a contribution; part of `backward`."""
+        self._whole.reached(self)
+        self._take(contribution)
+
+    def finish(self, samples: int) -> None:
+        """Tell that this part has ended; part of `backward`."""
+        self._whole.ended(self, samples)
+
+    def abandon(self) -> None:
+        """Drop what the whole backward pass left."""
+        self._whole.abandon()
