@@ -347,7 +347,19 @@ class PrivacyEngine:
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
-        """Return a copy in which Opacus's `ModuleValidator.fix` has replaced what mixes samples."""
+        """Return a copy in which Opacus's `ModuleValidator.fix` has replaced what mixes samples.
+
+        Raises
+        ------
+        ConfigError
+            If the module is an ensemble, whose stacked parameters fit no layer that would be put in.
+
+        """
+        if hasattr(module, "per_sample_capture"):
+            raise ConfigError(
+                f"{type(module).__name__} stacks its members' parameters: replace the layers of every member "
+                "before, Ensemble.from_factory(lambda: PrivacyEngine.get_compatible_module(make_model()))"
+            )
         return ModuleValidator.fix(module)
 
     @staticmethod

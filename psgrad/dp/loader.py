@@ -90,12 +90,17 @@ def sample_rate_of(source: DataLoader[Any]) -> float:
     Raises
     ------
     ConfigError
-        If the loader samples by weights, from a part of its data set, by a sampler of its own, or has no
-        batches: Poisson batches would be of other data than it says.
+        If it is no `DataLoader`, samples by weights, from a part of its data set, by a sampler of its own,
+        or has no batches: Poisson batches would be of other data than it says.
 
     """
     if isinstance(source, DPDataLoader):
         return float(source.sample_rate)
+    if not isinstance(source, DataLoader):
+        raise ConfigError(
+            f"{type(source).__name__} is no torch.utils.data.DataLoader: no accountant here describes what "
+            "it draws. Give a DataLoader; the members of an ensemble then share its batches"
+        )
     if isinstance(source.dataset, IterableDataset):
         raise ConfigError("the data set is iterable, not map-style: no sample can be drawn with a known rate")
     if source.batch_size is None or type(source.batch_sampler) is not BatchSampler:
