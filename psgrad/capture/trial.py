@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 __all__ = ["other_number_of_samples", "without_trace"]
@@ -43,14 +44,21 @@ def other_number_of_samples(inputs: Any, rows: int, rows_per_sample: int) -> tup
 
 @contextmanager
 def without_trace(module: nn.Module) -> Iterator[None]:
-    """Put back the state of the random number generators and the module's buffers afterwards."""
+    """Put back the state of the random number generators and the module's buffers afterwards.
+
+    A `torch.utils.checkpoint` around it does not see what is saved for a backward pass inside.
+    """
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), saved_tensors_hooks(Tensor.detach, _same):
             yield
     finally:
         with torch.no_grad():
             for b, version, before in buffers:
                 if b._version != version:
                     b.copy_(before)
+
+
+def _same(t: Tensor) -> Tensor:
+    return t

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["MemberRandomness", "given_back", "without_trace"]
 
@@ -21,11 +22,15 @@ def given_back() -> Iterator[None]:
 
 @contextmanager
 def without_trace(module: nn.Module, randomness: MemberRandomness) -> Iterator[None]:
-    """Put a module's buffers and the members' streams back afterwards."""
+    """Put a module's buffers and the members' streams back afterwards.
+
+    A `torch.utils.checkpoint` around it does not see what is saved for a backward pass inside.
+    """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     states = list(randomness.states)
     try:
-        yield
+        with saved_tensors_hooks(Tensor.detach, lambda t: t):
+            yield
     finally:
         with torch.no_grad():
             for name, buffer in module.named_buffers():

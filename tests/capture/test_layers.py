@@ -134,6 +134,16 @@ def test_reentrant_checkpoint_is_refused():
         squared_loss(model, torch.randn(2, 5, 3, dtype=torch.double)).backward()
 
 
+def test_a_checkpoint_around_the_model_from_the_first_batch_on():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model):
+        squared_loss(lambda x: checkpoint(model, x, use_reentrant=False), x).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_sample, expected[name])
+
+
 def test_checkpoint_inside_of_a_region_is_a_clear_error():
     model = Scaled(Checkpointed()).double()
     with PerSampleGrads(model), pytest.raises(CaptureError, match="checkpoint"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import psgrad
 from psgrad.clipping import PerLayer
@@ -118,6 +119,7 @@ LOOPED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "a parameter of its own": (Branches, images),
     "attention": (Attention, tokens),
     "rows that are positions": (Turned, tokens),
+    "two positions": (Turned, lambda n: tokens(n)[:, :2]),
     "control flow": (Branching, rows),
     "no_grad block": (Silent, rows),
     "changed through a view": (View, rows),
@@ -262,6 +264,20 @@ def test_under_autocast(strategy: str) -> None:
         for path, p in ens.stacked.named_parameters():
             assert p.grad.dtype == torch.float32
             assert (p.grad[k] - expected[path]).norm() <= 3e-2 * expected[path].norm() + 3e-3
+
+
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+def test_under_a_checkpoint_from_the_first_batch_on(strategy: str) -> None:
+    fn, make = FOLDED["convolutions"]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    x, y = data(make, K, 5, False)
+    with psgrad.clip_per_sample(ens, 0.3) as handle:
+        outputs = checkpoint(ens, x.requires_grad_(), use_reentrant=False)
+        sum(F.cross_entropy(out, y) for out in outputs).backward()
+    for k in range(K):
+        expected, norms = one_at_a_time(ens, k, x.detach(), y, 0.3, "mean")
+        torch.testing.assert_close(handle.result.norms[k], norms)
+        torch.testing.assert_close(ens.stacked[0].weight.grad[k], expected["0.weight"])
 
 
 def test_an_infinite_bound_gives_the_ordinary_gradient() -> None:
@@ -457,6 +473,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with psgrad.clip_per_sample(ens, 0.3):
         with pytest.raises(ShapeError, match="own data"):
             ens(rows(2), own=True)
+        with pytest.raises(TypeError, match="owned"):
+            ens(rows(2), owned=True)
         ens.stacked[0].weight.requires_grad_(False)
         with pytest.raises(CaptureError, match=r"stacked\.0\.weight"):
             ens(rows(2))

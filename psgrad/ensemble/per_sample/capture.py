@@ -86,20 +86,21 @@ class MemberCapture:
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the ensemble, captured if gradients are being recorded."""
+        inputs, own = _inputs_of(*args, **kwargs)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if self._open and torch._C._current_graph_task_id() == -1:
             self.abandon()  # a backward pass ended in an error
-        ensemble, own = self._ensemble, kwargs.get("own", False)
-        ensemble.check_own(args, own)
+        ensemble = self._ensemble
+        ensemble.check_own(inputs, own)
         self._check()
         refuse_mixing(ensemble.stacked)
-        graph = self._folded.graph_for(args, own, ensemble.members, ensemble.randomness)
+        graph = self._folded.graph_for(inputs, own, ensemble.members, ensemble.randomness)
         if not isinstance(graph, str):
-            return self._folded.run(graph, args, own, ensemble.randomness)
+            return self._folded.run(graph, inputs, own, ensemble.randomness)
         ensemble.execution.note_loop(ensemble.members, graph)
         return self._looped.run(
-            lambda k: tuple(x[k] if own and isinstance(x, Tensor) else x for x in args), ensemble.randomness
+            lambda k: tuple(x[k] if own and isinstance(x, Tensor) else x for x in inputs), ensemble.randomness
         )
 
     def _check(self) -> None:
@@ -143,6 +144,11 @@ class MemberCapture:
         for held in self._held:
             held.clear()
         self._consumer.abandon()
+
+
+def _inputs_of(*inputs: Any, own: bool = False) -> tuple[tuple[Any, ...], bool]:
+    """Take the arguments of `Ensemble.forward`."""
+    return inputs, own
 
 
 class _Part:

@@ -66,8 +66,8 @@ class FoldedCapture:
     ) -> FoldedGraph | str:
         """The graph that runs these inputs folded and captured, or why members run one after the other.
 
-        What is not known yet is found in a trial with another number of samples, which leaves no trace: what
-        does not grow with them is not the batch, whatever its length.
+        What is not known yet is found in a trial with these and with another number of samples, which leaves
+        no trace: what does not grow with them is not the batch, whatever its length.
         """
         rows = _batch_rows(inputs, own)
         if not rows or rows % self._rows_per_sample:
@@ -84,16 +84,17 @@ class FoldedCapture:
     def _try(
         self, graph: FoldedGraph, inputs: Sequence[Tensor], own: bool, rows: int, randomness: MemberRandomness
     ) -> str | None:
-        """Why this graph is not captured folded, found by running some samples; None if it is."""
+        """Why this graph is not captured folded, found by running all and some samples; None if it is."""
         why = _uses_outside_layers(graph)
         if why is not None:
             return why
         batch_first = [x.movedim(1, 0) if own and x.ndim > 1 else x for x in inputs]
-        some, self._rows = other_number_of_samples(batch_first, rows, self._rows_per_sample)
+        some, some_rows = other_number_of_samples(batch_first, rows, self._rows_per_sample)
         some = [x.movedim(0, 1) if own and x.ndim > 1 else x for x in some]
         try:
             with torch.no_grad(), without_trace(self._stacked, randomness):
-                graph.run(values_of(some, own, graph.members), randomness, self._run_layer)
+                for batch, self._rows in ((inputs, rows), (some, some_rows)):
+                    graph.run(values_of(batch, own, graph.members), randomness, self._run_layer)
         except Exception as error:  # whatever a model may raise on another number of samples
             return str(error).splitlines()[0] if str(error) else repr(error)
         return None

@@ -54,6 +54,7 @@ class LoopedCapture:
             p: trainable[name] for module in self._captures for name, p in module.trainable.items()
         }
         """The stacked parameter of every member's trainable parameter."""
+        self._follow()
 
     def run(self, args_of: Callable[[int], tuple[Any, ...]], randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""
