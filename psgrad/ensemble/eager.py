@@ -73,7 +73,7 @@ def _stacked(grads: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None
     """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
     if all(grad is None for grad in grads):
         return None
-    if len(grads) == 1:
+    if len(grads) == 1 and grads[0] is not None:
         return grads[0].unsqueeze(0)  # no copy
     return torch.stack([torch.zeros_like(parameter[0]) if grad is None else grad for grad in grads])
 
