@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["scratch"]
 
-LARGEST = 8 * 2**20
+LARGEST = 4 * 2**20
 """Bytes of the largest block that stays."""
 
 

@@ -19,9 +19,10 @@ from psgrad.ensemble.value import Value
 __all__ = ["Execution", "values_of"]
 
 _FOLDED_ELEMENTS = 40_000
-"""On the CPU, the largest mean output and weight of a step and member for which folding wins. It saves
-K - 1 calls a step; it costs that grouped kernels and folded tensors use the caches worse, by element.
-Measured on two cores with small CNNs, whose two curves cross between 30,000 and 70,000."""
+"""On the CPU, the largest mean output of a step and member for which folding wins. What folding saves is
+K - 1 calls a step; what it costs is that grouped kernels and folded tensors use the caches worse, by element.
+Measured on two cores with small CNNs, whose two curves cross between 30,000 and 100,000."""
+
 _CAPTURED_ELEMENTS = 200_000
 """The same where per-sample gradients are captured, which makes every call cost more: those curves cross
 between 180,000, with 16 members, and 570,000, with 4."""
@@ -44,8 +45,7 @@ class Execution:
         self.stacked = stacked
         self.strategy = strategy
         self._graphs: dict[Hashable, FoldedGraph | str] = {}
-        self._measures: dict[Hashable, tuple[float, float]] = {}
-        """A step's mean output, in units of the input, and its mean weight."""
+        self._measures: dict[Hashable, float] = {}
         self._last: EnsemblePlan | None = None
 
     @property
@@ -135,11 +135,7 @@ class Execution:
         else:
             found = check_against_alone(self.stacked, members, inputs, own, result, buffers, states)
         if found is None:
-            weights = sum(p.numel() for p in self.stacked.parameters()) / members
-            self._measures[key] = (
-                folded.elements / max(1, _elements(values)),
-                weights / max(1, len(folded.steps)),
-            )
+            self._measures[key] = folded.elements / max(1, _elements(values))
             slower = self._slower(key, values)  # from the next call on; this one is done
             steps = tuple(folded.steps) if slower is None else self._whole(slower)
             self._last = EnsemblePlan(members, steps, slower)
@@ -160,8 +156,7 @@ class Execution:
         on_cpu = all(value.tensor.device.type == "cpu" for value in values)
         if self.strategy == "folded" or not on_cpu:
             return None
-        outputs, weights = self._measures[key]
-        elements = outputs * _elements(values) + weights
+        elements = self._measures[key] * _elements(values)
         if elements <= most:
             return None
         return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {most:,}"
