@@ -20,6 +20,8 @@ FEW_POSITIONS = 4
 """Up to here a product is faster than oneDNN with any kernel; with one element, up to 16 also unfolded."""
 UNFOLDED_BYTES = 32 * 2**20
 """The largest copy that a product makes."""
+SMALL_BYTES = 2 * 2**20
+"""The gradients of all rows, up to which a call for each takes longer than writing them."""
 
 
 def ordinary_weight_grad(
@@ -95,10 +97,14 @@ def _of_positions(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor
 
 
 def _row_by_row(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
-    """O T, T I -> O I, added up over N without a copy of either."""
-    by_row = patches(x, replace(problem, samples=x.shape[0], rows_per_sample=1), x.shape[0])[:, 0]
+    """O T, T I -> O I, added up over N without a copy of either; all at once if N gradients are small."""
+    rows = x.shape[0]
+    by_row = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows)[:, 0].mT
+    grad = grad.flatten(2)
+    if rows * problem.gradient_bytes <= SMALL_BYTES:
+        return (grad @ by_row).sum(0)
     total = grad.new_zeros(problem.out_per_group, problem.in_per_group)
-    for g, window in zip(grad.flatten(2), by_row.mT, strict=True):
+    for g, window in zip(grad, by_row, strict=True):
         total.addmm_(g, window)
     return total
 

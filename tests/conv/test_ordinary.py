@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from psgrad.conv import ConvGeometry
+from psgrad.conv import ConvGeometry, ordinary
 from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import normalise
 
@@ -28,8 +28,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "expanded"])
+@pytest.mark.parametrize("small", [0, ordinary.SMALL_BYTES])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_each_form_is_the_gradient_of_autograd(name, layout, rows):
+def test_each_form_is_the_gradient_of_autograd(name, layout, rows, small, monkeypatch):
+    monkeypatch.setattr(ordinary, "SMALL_BYTES", small)
     (inputs, outputs), k, stride, padding, dilation, groups, size, form = CASES[name]
     rank = len(size)
     torch.manual_seed(0)
