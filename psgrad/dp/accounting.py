@@ -13,7 +13,12 @@ __all__ = ["PRVAccountant", "epsilon_spent", "noise_multiplier_for"]
 
 
 def noise_multiplier_for(
-    target_epsilon: float, target_delta: float, *, sample_rate: float, steps: int
+    target_epsilon: float,
+    target_delta: float,
+    *,
+    sample_rate: float,
+    steps: int,
+    accountant: str = "prv",
 ) -> float:
     """Return the smallest noise multiplier that keeps `steps` Poisson-sampled steps within the target.
 
@@ -27,12 +32,14 @@ def noise_multiplier_for(
         Probability q of each sample to be in a batch, in (0, 1].
     steps
         Number of steps, at least 1.
+    accountant
+        By which epsilon is bounded: "prv" (Gopi et al. 2021) or "rdp" (Mironov et al. 2019), whose bound is
+        looser, so that it asks for more noise.
 
     Returns
     -------
     float
-        In units of the clipping norm, by the PRV accountant (Gopi et al. 2021) with add-or-remove-one
-        neighbours, to 0.01 in epsilon from below.
+        In units of the clipping norm, with add-or-remove-one neighbours, to 0.01 in epsilon from below.
 
     Raises
     ------
@@ -48,6 +55,8 @@ def noise_multiplier_for(
         raise ConfigError(f"the sample rate must be in (0, 1], got {sample_rate}")
     if steps < 1:
         raise ConfigError(f"the number of steps must be at least 1, got {steps}")
+    if accountant not in ("prv", "rdp"):
+        raise ConfigError(f'accountant {accountant!r}: there are "prv" and "rdp"')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of log(0) at the ends of a grid, which the library handles
@@ -56,7 +65,7 @@ def noise_multiplier_for(
                 target_delta=target_delta,
                 sample_rate=sample_rate,
                 steps=steps,
-                accountant="prv",
+                accountant=accountant,
             )
     except ValueError as err:
         raise ConfigError(

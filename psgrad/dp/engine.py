@@ -213,8 +213,7 @@ class PrivacyEngine:
         Raises
         ------
         ConfigError
-            As `make_private`; if the target cannot be met, the accountant has recorded steps already, or is
-            not "prv".
+            As `make_private`; if the target cannot be met, or the accountant has recorded steps already.
 
         """
         if len(self.accountant):
@@ -224,13 +223,12 @@ class PrivacyEngine:
             )
         if epochs < 1:
             raise ConfigError(f"epochs must be at least 1, got {epochs}")
-        if self._mechanism != "prv":
-            raise ConfigError('a target epsilon is for accountant="prv", whose bound is the tightest')
         sigma = noise_multiplier_for(
             target_epsilon,
             target_delta,
             sample_rate=sample_rate_of(data_loader),
             steps=math.ceil(epochs * len(data_loader)),
+            accountant=self._mechanism,
         )
         return self.make_private(
             module=module,

@@ -3,6 +3,7 @@
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 
 from psgrad import ConfigError
 from psgrad.dp import PRVAccountant, epsilon_spent, noise_multiplier_for
@@ -26,6 +27,20 @@ def test_reported_epsilon_is_not_under_an_independent_accountant():
     event = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.1))
     independent = PLDAccountant().compose(event, 100).get_epsilon(1e-5)
     assert epsilon_spent(accountant, 1e-5) >= independent - 0.02
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(3.0, 0.5, 60), (1.0, 0.01, 500), (8.0, 1.0, 20)])
+def test_noise_by_renyi_divergence_keeps_the_target_and_is_more_than_prv_asks_for(epsilon, rate, steps):
+    sigma = noise_multiplier_for(epsilon, 1e-5, sample_rate=rate, steps=steps, accountant="rdp")
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
+    assert PLDAccountant().compose(event, steps).get_epsilon(1e-5) <= epsilon
+    assert RdpAccountant().compose(event, steps).get_epsilon(1e-5) <= epsilon + 0.02
+    assert sigma >= noise_multiplier_for(epsilon, 1e-5, sample_rate=rate, steps=steps)
+
+
+def test_an_accountant_that_is_no_bound_is_refused():
+    with pytest.raises(ConfigError, match="gdp"):
+        noise_multiplier_for(1.0, 1e-5, sample_rate=0.1, steps=10, accountant="gdp")
 
 
 def test_nothing_spent_before_the_first_step():

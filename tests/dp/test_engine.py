@@ -187,9 +187,10 @@ def test_a_style_with_its_settings_is_a_norm(style):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_the_target_epsilon_is_kept():
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_the_target_epsilon_is_kept(accountant):
     model, optimizer, loader = small(batch=4, count=64)
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant=accountant)
     model, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
         optimizer=optimizer,
