@@ -137,6 +137,8 @@ def why_not_shadowed(module: nn.Module) -> str | None:
     forward = module.__dict__.get("forward")
     if isinstance(forward, ShadowForward):
         return "a psgrad handle is attached already; call its remove() first"
+    if "_orig_mod" in module._modules:
+        return "it is what torch.compile returned: give the module inside of it, model._orig_mod"
     return None if forward is None else "its forward was replaced on the instance, which no rule sees through"
 
 
