@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import IO, Any, BinaryIO
 
 import torch
@@ -14,8 +14,9 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from psgrad.clipping import ClipPerSample, ClippingStyle, PerLayer, as_style, check_loss_reduction
+from psgrad.clipping import ClipPerSample, as_style, check_loss_reduction
 from psgrad.dp.accounting import noise_multiplier_for
+from psgrad.dp.arguments import MaxGradNorm, expected_batch_size, refuse_distributed, style_of
 from psgrad.dp.loader import PoissonLoader, sample_rate_of
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError, RefusedModelError
@@ -26,7 +27,6 @@ __all__ = ["PrivacyEngine"]
 MODES = ("hooks", "functorch", "ew", "ghost")
 """Opacus's ways of computing: here all are the planner's, and "ghost" returns the criterion as well."""
 
-MaxGradNorm = float | Sequence[float] | ClippingStyle
 Path = str | os.PathLike[str] | BinaryIO | IO[bytes]
 
 
@@ -152,12 +152,12 @@ class PrivacyEngine:
 
         """
         self._refuse(batch_first, rand_on_empty, grad_sample_mode, unknown)
-        _refuse_distributed(module)
+        refuse_distributed(module)
         if not module.training:
             raise ConfigError("the module is in evaluation mode: call module.train() first")
         if criterion is not None:
             check_loss_reduction(criterion, loss_reduction)
-        style = _style(module, max_grad_norm, clipping)
+        style = style_of(module, max_grad_norm, clipping)
         poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
         # Where it is no sampling rate, get_epsilon says so.
         sample_rate = sample_rate_of(data_loader) if poisson else 1 / len(data_loader)
@@ -167,7 +167,7 @@ class PrivacyEngine:
                 optimizer,
                 clip,
                 noise_multiplier=noise_multiplier,
-                expected_batch_size=_expected_batch_size(data_loader, sample_rate),
+                expected_batch_size=expected_batch_size(data_loader, sample_rate),
                 accountant=self.accountant,
                 sample_rate=sample_rate,
                 generator=noise_generator,
@@ -373,36 +373,3 @@ class PrivacyEngine:
                 f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "
                 "style: max_grad_norm=psgrad.clipping.AdaptiveQuantile(...)"
             )
-
-
-def _expected_batch_size(data_loader: DataLoader[Any], sample_rate: float) -> int:
-    """Return q times the number of samples, as Opacus a whole number, rounded down."""
-    expected = len(data_loader.dataset) * sample_rate  # type: ignore[arg-type]  # sized
-    return math.floor(expected + 1e-6)  # 49 * (1 / 49) < 1
-
-
-def _style(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None) -> ClippingStyle:
-    if isinstance(max_grad_norm, (ClippingStyle, float, int)):
-        return as_style(max_grad_norm, clipping)
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
-    if clipping != "per_layer" or len(max_grad_norm) != len(names):
-        raise ConfigError(
-            f"max_grad_norm is a sequence of {len(max_grad_norm)}: that is for clipping='per_layer', with "
-            f"one norm for each of the {len(names)} trainable parameters"
-        )
-    return PerLayer(dict(zip(names, max_grad_norm, strict=True)))
-
-
-def _refuse_distributed(module: nn.Module) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise RefusedModelError(
-                f"torch.distributed runs with {ranks} ranks: every rank would clip and add noise on its own, "
-                "and the ranks' sums would not meet. Train in one process."
-            )
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(module, wrappers):
-        raise RefusedModelError(
-            f"{type(module).__name__} copies or synchronises the module itself: give the module inside of it"
-        )

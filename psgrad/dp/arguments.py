@@ -1,0 +1,67 @@
+"""What the arguments of Opacus's engine come to here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from psgrad.clipping import ClippingStyle, PerLayer, as_style
+from psgrad.errors import ConfigError, RefusedModelError
+
+__all__ = ["MaxGradNorm", "expected_batch_size", "refuse_distributed", "style_of"]
+
+MaxGradNorm = float | Sequence[float] | ClippingStyle
+
+
+def expected_batch_size(data_loader: DataLoader[Any], sample_rate: float) -> int:
+    """Return q times the number of samples, as Opacus a whole number, rounded down."""
+    expected = len(data_loader.dataset) * sample_rate  # type: ignore[arg-type]  # sized
+    return math.floor(expected + 1e-6)  # 49 * (1 / 49) < 1
+
+
+def style_of(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None) -> ClippingStyle:
+    """Return the style that `max_grad_norm` and `clipping` name.
+
+    Raises
+    ------
+    ConfigError
+        If the norms are not one a trainable parameter, or their style is not "per_layer".
+
+    """
+    if isinstance(max_grad_norm, (ClippingStyle, float, int)):
+        return as_style(max_grad_norm, clipping)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if clipping != "per_layer" or len(max_grad_norm) != len(names):
+        raise ConfigError(
+            f"max_grad_norm is a sequence of {len(max_grad_norm)}: that is for clipping='per_layer', with "
+            f"one norm for each of the {len(names)} trainable parameters"
+        )
+    return PerLayer(dict(zip(names, max_grad_norm, strict=True)))
+
+
+def refuse_distributed(module: nn.Module) -> None:
+    """Raise where several processes, or copies of the module, would each clip and add noise.
+
+    Raises
+    ------
+    RefusedModelError
+        Saying what to give instead.
+
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise RefusedModelError(
+                f"torch.distributed runs with {ranks} ranks: every rank would clip and add noise on its own, "
+                "and the ranks' sums would not meet. Train in one process."
+            )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(module, wrappers):
+        raise RefusedModelError(
+            f"{type(module).__name__} copies or synchronises the module itself: give the module inside of it"
+        )
