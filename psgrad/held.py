@@ -56,7 +56,7 @@ class Held:
         self._where.update(dict.fromkeys(contribution.parameters, contribution))
         if isinstance(contribution, KeptGrads):
             large = {p: grad for p, grad in contribution.written.items() if not is_small(grad)}
-            self._sq_norms |= {p: squared_norms(grad.flatten(1)) for p, grad in large.items()}
+            self._sq_norms |= {p: squared_norms(grad) for p, grad in large.items()}
         else:
             self._sq_norms |= contribution.sq_norms()
 
@@ -73,7 +73,7 @@ class Held:
 
     def _sq_norm(self, p: nn.Parameter) -> Tensor:
         found = self._sq_norms.get(p)
-        return squared_norms(self._written(p).flatten(1)) if found is None else found
+        return squared_norms(self._written(p)) if found is None else found
 
     def _contributions(self) -> list[Contribution]:
         """Return what is held, in the order of backward."""

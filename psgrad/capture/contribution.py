@@ -78,7 +78,7 @@ class KeptGrads(Contribution):
 
     def sq_norms(self) -> PerParameter:
         """See `Contribution.sq_norms`."""
-        return {p: squared_norms(grad.flatten(1)) for p, grad in self.written.items()}
+        return {p: squared_norms(grad) for p, grad in self.written.items()}
 
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
@@ -128,7 +128,7 @@ class LayerUse(Contribution):
         """Write the gradients out where the layer's rule says so."""
         if not self.rule.keeps_grads(self.call):
             return self
-        return KeptGrads(self.path, self.grads(), self.samples)
+        return KeptGrads(self.path, self._by_parameter(self.rule.kept_grads(self.call)), self.samples)
 
     def _by_parameter(self, named: dict[str, Tensor]) -> PerParameter:
         return {p: named[name] for name, p in zip(self.call.wanted, self.parameters, strict=True)}

@@ -105,7 +105,7 @@ class Carried(Contribution):
 
     def sq_norms(self) -> PerParameter:
         """See `Contribution.sq_norms`."""
-        return {p: squared_norms(grad.flatten(1)) for p, grad in self.grads().items()}
+        return {p: squared_norms(grad) for p, grad in self.grads().items()}
 
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""

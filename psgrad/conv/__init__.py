@@ -15,6 +15,7 @@ from psgrad.conv.rules import (
 )
 from psgrad.conv.verbs import (
     clipping_keeps_grads,
+    kept_weight_grads,
     weight_grad_sq_norms,
     weight_grads,
     weighted_weight_grad,
@@ -31,6 +32,7 @@ __all__ = [
     "convolution_batch_rule",
     "cudnn_conv_per_sample_grad_rule",
     "install_rules",
+    "kept_weight_grads",
     "plan",
     "slow_fallback",
     "uninstall_rules",

@@ -72,7 +72,7 @@ def _time(plan: Plan) -> dict[str, float]:
     with torch.no_grad():
         for turn in range(ROUNDS + 1):  # the first warms up
             for name in names:
-                run = STRATEGIES[name].grads if plan.verb == "grads" else STRATEGIES[name].sq_norms
+                run = getattr(STRATEGIES[name], plan.verb)
                 _wait(p.device)
                 start = time.perf_counter()
                 run(x, grad, p)

@@ -11,7 +11,7 @@ from torch import Tensor
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.scratch import scratch
 
-__all__ = ["patches", "patches_by_position"]
+__all__ = ["patches", "patches_by_position", "patches_by_window"]
 
 
 def patches(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
@@ -39,6 +39,52 @@ def patches_by_position(x: Tensor, problem: WeightGradProblem) -> Tensor:
         problem.samples * problem.rows_per_sample * problem.positions,
         problem.in_per_group * problem.geometry.kernel_positions,
     )
+
+
+def patches_by_window(x: Tensor, problem: WeightGradProblem, samples: int) -> Tensor:
+    """(NK)(GI)S -> N G (K T) (k I): the same elements, every output position's window in one piece.
+
+    They are read from channels last, where the row of a window lies in one piece as well.
+    """
+    p, geometry = problem, problem.geometry
+    rows = _channels_last(x, problem)
+    row, *spatial, channel = rows.stride()
+    assert geometry.kernel_size is not None
+    windows = rows.as_strided(
+        (samples, p.groups, p.rows_per_sample, *p.output_size, *geometry.kernel_size, p.in_per_group),
+        (
+            row * p.rows_per_sample,
+            channel * p.in_per_group,
+            row,
+            *(s * d for s, d in zip(spatial, geometry.stride, strict=True)),
+            *(s * d for s, d in zip(spatial, geometry.dilation, strict=True)),
+            channel,
+        ),
+        rows.storage_offset(),
+    )
+    return _copied(
+        windows,
+        samples,
+        p.groups,
+        p.rows_per_sample * p.positions,
+        geometry.kernel_positions * p.in_per_group,
+    )
+
+
+def _channels_last(x: Tensor, problem: WeightGradProblem) -> Tensor:
+    """(NK) C S.. -> (NK) S.. C, contiguous, with the problem's padding around it."""
+    padding = problem.geometry.symmetric_padding
+    rows = x.movedim(1, -1)
+    if not any(padding) and rows.is_contiguous():
+        return rows
+    count, *sizes, channels = rows.shape
+    padded = [size + 2 * p for size, p in zip(sizes, padding, strict=True)]
+    block = scratch("channels last", (count, *padded, channels), x)
+    inner = block.zero_() if any(padding) else block
+    for axis, (size, p) in enumerate(zip(sizes, padding, strict=True)):
+        inner = inner.narrow(axis + 1, p, size)
+    inner.copy_(rows)
+    return block
 
 
 def _copied(windows: Tensor, *shape: int) -> Tensor:

@@ -126,7 +126,7 @@ def keep_is_faster(problem: WeightGradProblem) -> bool:
     result = problem.samples * problem.gradient_bytes
     live = live_kernel(problem)
     problem = problem if live is None else live.problem
-    grads, norms = choose(problem, "grads"), choose(problem, "sq_norms")
+    grads, norms = choose(problem, "kept"), choose(problem, "sq_norms")
     keep = grads.seconds[grads.chosen] + 2 * (result / rates.bytes + rates.call)
     if problem.device.type != "cuda" and result > FRESH_BYTES:
         keep += result / FRESH_RATE

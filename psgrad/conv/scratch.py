@@ -13,7 +13,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["scratch"]
+__all__ = ["scratch", "scratch_like"]
 
 LARGEST = 4 * 2**20
 """Bytes of the largest block that stays."""
@@ -50,3 +50,11 @@ def scratch(purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if block is None or block.numel() < size:
         block = blocks[purpose, like.dtype] = torch.empty(size, dtype=like.dtype)
     return block[:size].view(shape)
+
+
+def scratch_like(purpose: str, like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of the shape and, where it is dense, the memory layout of `like`."""
+    if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
+        return scratch(purpose, tuple(like.shape), like)
+    rows, channels, *spatial = like.shape
+    return scratch(purpose, (rows, *spatial, channels), like).movedim(-1, 1)

@@ -13,10 +13,17 @@ from psgrad.conv.live import live_kernel
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.planner import choose, keep_is_faster
 from psgrad.conv.problem import WeightGradProblem, normalise
+from psgrad.conv.scratch import scratch_like
 from psgrad.conv.strategies import STRATEGIES
 from psgrad.errors import ShapeError
 
-__all__ = ["clipping_keeps_grads", "weight_grad_sq_norms", "weight_grads", "weighted_weight_grad"]
+__all__ = [
+    "clipping_keeps_grads",
+    "kept_weight_grads",
+    "weight_grad_sq_norms",
+    "weight_grads",
+    "weighted_weight_grad",
+]
 
 
 @torch.no_grad()
@@ -66,6 +73,24 @@ def weight_grads(
     if live is None:
         return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
     grads = resolve(strategy, live.problem, "grads").grads(live.crop(x), grad_output, live.problem)
+    return live.embed(grads)
+
+
+@torch.no_grad()
+def kept_weight_grads(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    *,
+    rows_per_sample: int = 1,
+) -> Tensor:
+    """As `weight_grads`, dense, but in any order of the axes in memory: for who only squares and sums."""
+    x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    live = live_kernel(problem)
+    if live is None:
+        return resolve("auto", problem, "kept").kept(x, grad_output, problem)
+    grads = resolve("auto", live.problem, "kept").kept(live.crop(x), grad_output, live.problem)
     return live.embed(grads)
 
 
@@ -134,21 +159,32 @@ def weighted_weight_grad(
     if problem.samples == 0:
         return x.new_zeros(problem.weight_shape)
     if x.is_cuda or not factors.eq(1).all():  # on CUDA, looking would cost a wait
-        rows = factors.to(x.dtype)
-        if problem.rows_per_sample > 1:
-            rows = rows.repeat_interleave(problem.rows_per_sample)
-        rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
-        grad_output = grad_output * rows
-        # 0 * inf is not 0: both operands of a removed sample are masked.
-        if x.is_cuda or not factors.all():
-            removed = rows == 0
-            grad_output, x = grad_output.masked_fill(removed, 0), x.masked_fill(removed, 0)
+        x, grad_output = _weighted(x, grad_output, factors, problem)
     # A dense layer's one position is a product, whose zeros cost less than to put them back.
     dense = problem.positions == 1 and problem.groups == 1
     live = None if dense else live_kernel(problem)
     if live is None:
         return _batch_weight_grad(x, grad_output, problem)
     return live.embed(_batch_weight_grad(live.crop(x), grad_output, live.problem))
+
+
+def _weighted(
+    x: Tensor, grad_output: Tensor, factors: Tensor, problem: WeightGradProblem
+) -> tuple[Tensor, Tensor]:
+    """Multiply one of the operands by the factors, the smaller one: the gradient is linear in both."""
+    rows = factors.to(x.dtype)
+    if problem.rows_per_sample > 1:
+        rows = rows.repeat_interleave(problem.rows_per_sample)
+    rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
+    if x.numel() < grad_output.numel():
+        x = torch.mul(x, rows, out=scratch_like("weighted", x))
+    else:
+        grad_output = torch.mul(grad_output, rows, out=scratch_like("weighted", grad_output))
+    # 0 * inf is not 0: both operands of a removed sample are masked.
+    if x.is_cuda or not factors.all():
+        removed = rows == 0
+        x, grad_output = x.masked_fill(removed, 0), grad_output.masked_fill(removed, 0)
+    return x, grad_output
 
 
 def _batch_weight_grad(x: Tensor, grad_output: Tensor, problem: WeightGradProblem) -> Tensor:

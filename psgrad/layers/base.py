@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from psgrad.conv.numerics import accumulation_dtype, squared_norms
+from psgrad.conv.numerics import accumulation_dtype, memory_order, squared_norms
 
 __all__ = [
     "LayerCall",
@@ -92,7 +92,7 @@ class LayerRule(ABC):
 
     def sq_norms(self, call: LayerCall) -> dict[str, Tensor]:
         """Squared norm `[N]` per wanted parameter, float32 at least."""
-        return {name: squared_norms(grad.flatten(1)) for name, grad in self.grads(call).items()}
+        return {name: squared_norms(grad) for name, grad in self.grads(call).items()}
 
     def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
         """`sum_n factors[n] * grads[n]` per wanted parameter, in the parameter's shape.
@@ -100,6 +100,10 @@ class LayerRule(ABC):
         A factor of exactly 0 removes its sample, also one that is not finite.
         """
         return {name: weighted(factors, grad) for name, grad in self.grads(call).items()}
+
+    def kept_grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """As `grads`, dense, but in any order of the axes in memory: clipping only squares and sums."""
+        return self.grads(call)
 
     def keeps_grads(self, call: LayerCall) -> bool:
         """Whether clipping should hold the written-out gradients between norms and sum, not x and g.
@@ -120,8 +124,9 @@ def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
 
 def weighted(factors: Tensor, grads: Tensor) -> Tensor:
     """`sum_n factors[n] * grads[n]`: N, N.. -> ..; a factor of exactly 0 removes its sample."""
-    total = factors.to(grads.dtype) @ drop_removed(grads, factors).flatten(1)
-    return total.view(grads.shape[1:])
+    ordered = drop_removed(grads, factors).permute(0, *(order := memory_order(grads)))
+    total = (factors.to(grads.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
+    return total.permute([order.index(axis) for axis in range(1, grads.ndim)]).contiguous()
 
 
 def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:

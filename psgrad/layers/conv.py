@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from psgrad.conv import (
     ConvGeometry,
     clipping_keeps_grads,
+    kept_weight_grads,
     weight_grad_sq_norms,
     weight_grads,
     weighted_weight_grad,
@@ -35,10 +36,18 @@ class Convolution(LayerRule):
 
     def grads(self, call: LayerCall) -> dict[str, Tensor]:
         """See `LayerRule.grads`."""
+        return self._grads(call, weight_grads)
+
+    def kept_grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """See `LayerRule.kept_grads`."""
+        return self._grads(call, kept_weight_grads)
+
+    @staticmethod
+    def _grads(call: LayerCall, of_weight: Callable[..., Tensor]) -> dict[str, Tensor]:
         grads = {}
         if "weight" in call.wanted:
             x, shape, geometry = _operands(call)
-            grads["weight"] = weight_grads(x, call.g, shape, geometry, rows_per_sample=call.rows_per_sample)
+            grads["weight"] = of_weight(x, call.g, shape, geometry, rows_per_sample=call.rows_per_sample)
         if "bias" in call.wanted:
             grads["bias"] = sample_sum(call, call.g, keep=(1,))
         return grads

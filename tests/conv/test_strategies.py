@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psgrad.conv import ConvGeometry, scratch, weight_grad_sq_norms, weight_grads
+from psgrad.conv import ConvGeometry, kept_weight_grads, scratch, weight_grad_sq_norms, weight_grads
 from psgrad.conv.problem import normalise
-from psgrad.conv.strategies import STRATEGIES, base
+from psgrad.conv.strategies import STRATEGIES, base, unfold
 from psgrad.errors import StrategyError
 from tests import oracle
 from tests.problems import LAYOUTS, ConvProblem, conv_problems, lay_out, serves
@@ -65,6 +65,30 @@ def test_sq_norms_are_those_of_the_loop(name: str, problem: ConvProblem) -> None
     norms = weight_grad_sq_norms(*problem.operands, name, rows_per_sample=problem.rows_per_sample)
     assert norms.shape == (problem.samples,)
     close(norms, sq_norms_of(problem.oracle()))
+
+
+@pytest.mark.parametrize("by_window", [False, True])
+@settings(max_examples=200)
+@given(problem=conv_problems())
+def test_unfolded_either_way_it_is_the_same(by_window: bool, problem: ConvProblem) -> None:
+    x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfold, "windows_are_faster", lambda problem: by_window)
+        kept = STRATEGIES["unfold"].kept(x, grad, normal)
+        grads = STRATEGIES["unfold"].grads(x, grad, normal)
+        norms = STRATEGIES["unfold"].sq_norms(x, grad, normal)
+    close(kept, problem.oracle())
+    assert grads.is_contiguous()
+    close(grads, problem.oracle())
+    close(norms, sq_norms_of(problem.oracle()))
+
+
+@settings(max_examples=200)
+@given(problem=conv_problems())
+def test_kept_gradients_are_the_gradients(problem: ConvProblem) -> None:
+    kept = kept_weight_grads(*problem.operands, rows_per_sample=problem.rows_per_sample)
+    assert kept.shape == (problem.samples, *problem.weight_shape)
+    close(kept, problem.oracle())
 
 
 def check_rounding(name: str, problem: ConvProblem, roundings: int) -> None:
@@ -189,6 +213,17 @@ def test_unfold_keeps_its_temporaries_within_the_budget(monkeypatch: pytest.Monk
     assert seen.largest == 2 * one_sample
     cost = STRATEGIES["unfold"].cost(normalise(x, grad, shape, geometry)[2], "grads")
     assert seen.largest <= cost.peak_bytes <= budget
+
+
+@pytest.mark.parametrize(("samples_in_budget", "expected"), [(1, 1), (3, 3), (5, 4), (11, 8), (40, 12)])
+def test_a_chunk_keeps_all_threads_busy(
+    samples_in_budget: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    set_budget(monkeypatch, 100 * samples_in_budget)
+    problem = normalise(*large_problem())[2]
+    assert problem.samples == 12
+    assert base.samples_per_chunk(problem, 100) == expected
 
 
 @pytest.mark.parametrize("name", ["loop", "grouped", "unfold"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
@@ -16,7 +17,8 @@ from psgrad.conv.problem import WeightGradProblem
 
 __all__ = ["Cost", "Strategy", "Verb"]
 
-Verb = Literal["grads", "sq_norms"]
+Verb = Literal["grads", "kept", "sq_norms"]
+"""Per-sample gradients; the same in any memory order, for who only squares and sums; their squared norms."""
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 """Temporaries, in bytes, that a strategy makes for a chunk of samples, by device type.
@@ -72,22 +74,30 @@ class Strategy(ABC):
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Per-sample gradients `[N, (G O), I, *k]`, in the dtype of x."""
 
+    def kept(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+        """As `grads`, dense, but in any order of the axes in memory."""
+        return self.grads(x, grad, problem)
+
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Squared norms `[N]`, float32 at least, from per-sample gradients made in chunks."""
         norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
         for part, rows, here in chunks(problem, samples_per_chunk(problem, problem.gradient_bytes)):
-            norms[here] = squared_norms(self.grads(x[rows], grad[rows], part).flatten(1))
+            norms[here] = squared_norms(self.kept(x[rows], grad[rows], part))
         return norms
 
 
 def samples_per_chunk(problem: WeightGradProblem, bytes_per_sample: int) -> int:
     """How many samples to take at a time: temporaries within the device's budget, chunks alike in size.
 
-    At least one sample, however large.
+    At least one sample, however large. On a CPU as many as keep all threads busy, where the budget holds
+    them: three products on two threads take as long as four.
     """
     most = max(1, chunk_bytes(problem) // max(1, bytes_per_sample))
+    threads = 1 if problem.device.type == "cuda" else min(most, torch.get_num_threads())
+    most -= most % threads
     chunks = max(1, -(-problem.samples // most))
-    return max(1, -(-problem.samples // chunks))
+    alike = -(-problem.samples // chunks)
+    return max(1, min(problem.samples, -(-alike // threads) * threads))
 
 
 def chunk_bytes(problem: WeightGradProblem) -> int:
@@ -108,9 +118,11 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
     slowdown = 2.0 if rank == 1 else 1.0
-    if p.out_per_group < 16:
-        return slowdown * (20.0 if p.out_per_group < 8 else 2.0)
-    return slowdown * (3.0 if p.in_per_group < 16 and p.samples > 1 else 1.0)
+    if p.out_per_group < 8:
+        return slowdown * (50.0 if p.out_per_group < 4 else 20.0)
+    if p.in_per_group < 16 and p.samples > 1:
+        return slowdown * max(1.0, 192 / p.out_per_group)
+    return slowdown * (2.0 if p.out_per_group < 16 else 1.0)
 
 
 def ordinary_slowdown(problem: WeightGradProblem) -> float:

@@ -35,9 +35,10 @@ class Grouped(Strategy):
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs in a call a chunk, at a backend's rate for its groups; a chunk's result is copied."""
         chunk = self._chunk(problem)
+        written = (2.7 if verb == "sq_norms" else 2.0) * problem.gradient_bytes
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * (operand_bytes(problem) / 4 + 2 * problem.gradient_bytes),
+            bytes=problem.samples * (operand_bytes(problem) / 4 + written),
             calls=4 * -(-problem.samples // chunk),
             peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
             slowdown=backend_slowdown(problem),

@@ -39,11 +39,11 @@ class Triton(Strategy):
         """F FLOPs in one launch; x and g are read once per kernel offset, mostly from cache."""
         p = problem
         operands = p.samples * p.rows_per_sample * p.positions * p.groups * (p.in_per_group + p.out_per_group)
-        written = p.samples * p.gradient_bytes if verb == "grads" else 4 * p.samples
+        written = 4 * p.samples if verb == "sq_norms" else p.samples * p.gradient_bytes
         return Cost(
             flops=p.flops,
             bytes=operands * p.dtype.itemsize + written,
-            calls=1 if verb == "grads" else 2,
+            calls=2 if verb == "sq_norms" else 1,
             peak_bytes=0,
             slowdown=2.0 if p.device.type == "cuda" else 1e6,  # the interpreter is for tests
         )
