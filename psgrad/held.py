@@ -3,6 +3,7 @@
 Per layer, one of two things is held: the written-out per-sample gradients, or the layer's input and output
 gradient, from which one ordinary weight gradient on the scaled output gradient gives the weighted sum. The
 layer's rule says which. Of a layer that is called several times, the calls are held until all are in.
+Written gradients lie in memory that is the same in every step: none of it is handed out.
 Written gradients that are small (biases, affine maps) are taken side by side, as if they were one.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture.contribution import Contribution, KeptGrads, PerParameter
+from psgrad.conv.reused import Blocks
 from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
 from psgrad.repeated_use import RepeatedUse, repeated
@@ -26,13 +28,15 @@ class Held:
     """Contributions, every parameter in one place only."""
 
     def __init__(self) -> None:
+        self._blocks = Blocks()
         self.clear()
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Hold nothing; what was held must not be read any more."""
         self._where: dict[nn.Parameter, Contribution] = {}
         self._sq_norms: PerParameter = {}  # of all but the small
         self._small: list[SideBySide] = []
+        self._blocks.take_back()
 
     def add(self, contribution: Contribution) -> None:
         """Take a contribution. A parameter that was used before has the norm of the sum of its uses."""
@@ -46,7 +50,7 @@ class Held:
                 return
             # both must be written out to be added up, sample by sample
             contribution = earlier.plus(contribution)
-        self._hold(contribution.kept())
+        self._hold(self._kept(contribution))
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
         """Return a held contribution that has a parameter of this one."""
@@ -60,11 +64,15 @@ class Held:
         else:
             self._sq_norms |= contribution.sq_norms()
 
+    def _kept(self, contribution: Contribution) -> Contribution:
+        with self._blocks.lending():
+            return contribution.kept()
+
     def _settle(self) -> None:
         """Decide how to hold the layers that may have been called once more."""
         for contribution in self._contributions():
             if isinstance(contribution, RepeatedUse):
-                self._hold(contribution.kept())
+                self._hold(self._kept(contribution))
 
     def settled(self) -> list[tuple[Contribution, PerParameter]]:
         """Return what is held with its squared norms by parameter; none is in two contributions."""
@@ -145,12 +153,12 @@ class Held:
                 rest = {p: grad for p, grad in contribution.written.items() if p not in apart}
                 contribution = KeptGrads(contribution.path, rest, contribution.samples)
             parts.append(contribution)
-        self.clear()
         sums = {}
         for part in parts:
             for shared in {id(f): f for f in map(factors.__getitem__, part.parameters)}.values():
                 found = part.weighted_sum(shared)
                 sums.update({p: added for p, added in found.items() if factors[p] is shared})
+        self.clear()
         return sums
 
 

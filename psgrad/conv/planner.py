@@ -108,8 +108,8 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
     return Plan(chosen, verb, problem, seconds, costs, refusals)
 
 
-FRESH_BYTES = 4 * 2**20
-"""A block on a CPU beyond this comes, in a training step, from the system with pages never touched."""
+FRESH_BYTES = 10 * 2**20
+"""A layer's gradients on a CPU beyond this are taken to come from the system with pages never touched."""
 FRESH_RATE = 3.5e9
 """Bytes/s at which such pages are touched for the first time."""
 

@@ -13,7 +13,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["scratch", "scratch_like"]
+__all__ = ["is_plain_cpu", "scratch", "scratch_like"]
 
 LARGEST = 4 * 2**20
 """Bytes of the largest block that stays."""
@@ -42,14 +42,19 @@ def scratch(purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
     """
     size = math.prod(shape)
-    plain = type(like) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(like)
-    if not plain or like.device.type != "cpu" or size * like.dtype.itemsize > LARGEST:
+    if not is_plain_cpu(like) or size * like.dtype.itemsize > LARGEST:
         return like.new_empty(shape)
     blocks = _blocks.by_purpose
     block = blocks.get((purpose, like.dtype))
     if block is None or block.numel() < size:
         block = blocks[purpose, like.dtype] = torch.empty(size, dtype=like.dtype)
     return block[:size].view(shape)
+
+
+def is_plain_cpu(t: Tensor) -> bool:
+    """Whether t is a tensor in a CPU's memory and nothing else, as it would be under vmap."""
+    wrapped = type(t) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not wrapped and t.device.type == "cpu"
 
 
 def scratch_like(purpose: str, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.reused import borrowed
 from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
@@ -49,7 +50,7 @@ class Grouped(Strategy):
         chunk = self._chunk(problem)
         if chunk >= problem.samples:
             return _in_one_call(x, grad, problem).contiguous()
-        out = x.new_empty(problem.samples, *problem.weight_shape)
+        out = borrowed((problem.samples, *problem.weight_shape), x)
         for part, rows, here in chunks(problem, chunk):
             out[here] = _in_one_call(x[rows], grad[rows], part)
         return out

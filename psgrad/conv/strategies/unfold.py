@@ -8,6 +8,7 @@ from torch import Tensor
 from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.patches import patches, patches_by_window
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.reused import borrowed
 from psgrad.conv.scratch import scratch
 from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunks, samples_per_chunk
 
@@ -66,7 +67,7 @@ class Unfold(Strategy):
 
     def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, by_window: bool) -> Tensor:
         p = problem
-        out = x.new_empty(_by_group(p))
+        out = borrowed(_by_group(p), x)
         for part, rows, here in chunks(p, self._chunk(p, "grads")):
             _products(x[rows], grad[rows], part, by_window, out[here])
         if not by_window:

@@ -130,12 +130,13 @@ class MemberCapture:
         if self._open:
             return
         self._samples = None
-        contributions = joined(self._held, self._looped.whose, samples)
-        for held in self._held:
-            held.clear()
-        for contribution in contributions:
-            self._consumer.add(contribution)
-        self._consumer.finish(samples)
+        try:
+            for contribution in joined(self._held, self._looped.whose, samples):
+                self._consumer.add(contribution)
+            self._consumer.finish(samples)
+        finally:
+            for held in self._held:
+                held.clear()
 
     def abandon(self) -> None:
         """Drop what an unfinished backward pass left."""
