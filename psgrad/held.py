@@ -21,11 +21,14 @@ from psgrad.per_sample import accumulate
 from psgrad.repeated_use import RepeatedUse, repeated
 from psgrad.side_by_side import SideBySide, is_small, side_by_side
 
-__all__ = ["Held", "total_norms"]
+__all__ = ["Held", "added_up", "total_norms", "weighted_sums"]
 
 
 class Held:
     """Contributions, every parameter in one place only."""
+
+    passes = 1
+    """How often backward runs for one clipped sum; see `psgrad.within_budget`."""
 
     def __init__(self) -> None:
         self._blocks = Blocks()
@@ -50,7 +53,12 @@ class Held:
                 return
             # both must be written out to be added up, sample by sample
             contribution = earlier.plus(contribution)
-        self._hold(self._kept(contribution))
+        self._hold(self._form(contribution))
+
+    def _form(self, contribution: Contribution) -> Contribution:
+        """Return the form of a contribution to hold."""
+        with self._blocks.lending():
+            return contribution.kept()
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
         """Return a held contribution that has a parameter of this one."""
@@ -64,19 +72,15 @@ class Held:
         else:
             self._sq_norms |= contribution.sq_norms()
 
-    def _kept(self, contribution: Contribution) -> Contribution:
-        with self._blocks.lending():
-            return contribution.kept()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Decide how to hold the layers that may have been called once more."""
         for contribution in self._contributions():
             if isinstance(contribution, RepeatedUse):
-                self._hold(self._kept(contribution))
+                self._hold(self._form(contribution))
 
     def settled(self) -> list[tuple[Contribution, PerParameter]]:
         """Return what is held with its squared norms by parameter; none is in two contributions."""
-        self._settle()
+        self.settle()
         return [(c, {p: self._sq_norm(p) for p in c.parameters}) for c in self._contributions()]
 
     def _sq_norm(self, p: nn.Parameter) -> Tensor:
@@ -102,7 +106,7 @@ class Held:
 
         They are `[N]`, or `[K, N]` of an ensemble. A group of which no parameter contributed is left out.
         """
-        self._settle()
+        self.settle()
         found = {}
         for name, group in groups.items():
             members = [p for p in group if p in self._where]
@@ -111,7 +115,7 @@ class Held:
             terms += [beside.sq_norms() for beside in small]
             self._small += small
             if terms:
-                found[name] = _sum(terms)
+                found[name] = added_up(terms)
         return found
 
     def _written(self, p: nn.Parameter) -> Tensor:
@@ -145,7 +149,7 @@ class Held:
         return nn.utils.get_total_norm(sums.values()).square()
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
-        self._settle()
+        self.settle()
         apart = {p for beside in self._small for p in beside.parameters}
         parts: list[Contribution | SideBySide] = list(self._small)
         for contribution in self._contributions():
@@ -153,20 +157,40 @@ class Held:
                 rest = {p: grad for p, grad in contribution.written.items() if p not in apart}
                 contribution = KeptGrads(contribution.path, rest, contribution.samples)
             parts.append(contribution)
-        sums = {}
+        sums: PerParameter = {}
         for part in parts:
-            for shared in {id(f): f for f in map(factors.__getitem__, part.parameters)}.values():
-                found = part.weighted_sum(shared)
-                sums.update({p: added for p, added in found.items() if factors[p] is shared})
+            sums |= weighted_sums(part, factors)
         self.clear()
         return sums
+
+    def nbytes(self) -> int:
+        """Bytes of all that is held, with the copies that `sq_norms` makes of what is small."""
+        storages = {}
+        copies = 0
+        for contribution in self._contributions():
+            for t in contribution.tensors():
+                storage = t.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            if isinstance(contribution, KeptGrads):
+                copies += sum(grad.nbytes for grad in contribution.written.values() if is_small(grad))
+        return sum(storages.values()) + copies
+
+
+def weighted_sums(part: Contribution | SideBySide, factors: PerParameter) -> PerParameter:
+    """Return `sum_n factors[p][n] * grads[p][n]` of every parameter, `factors` as for `Held.release`."""
+    sums = {}
+    for shared in {id(f): f for f in map(factors.__getitem__, part.parameters)}.values():
+        found = part.weighted_sum(shared)
+        sums.update({p: added for p, added in found.items() if factors[p] is shared})
+    return sums
 
 
 def total_norms(sq_norms: Iterable[Tensor]) -> Tensor:
     """Norms from squared norms of the same shape, float64 if one of them is."""
-    return _sum(list(sq_norms)).sqrt()
+    return added_up(list(sq_norms)).sqrt()
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
+def added_up(terms: list[Tensor]) -> Tensor:
+    """Return the sum of squared norms of the same shape, float64 if one of them is, else float32."""
     dtype = torch.float64 if any(n.dtype == torch.float64 for n in terms) else torch.float32
     return torch.stack([n.to(dtype) for n in terms]).sum(0)

@@ -53,6 +53,11 @@ class RepeatedUse(Contribution):
         """See `Contribution.weighted_sum`."""
         return self._at_once().weighted_sum(factors)
 
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        parts: list[Contribution] = [*self.uses] if self.written is None else [*self.uses, self.written]
+        return [t for part in parts for t in part.tensors()]
+
     def kept(self) -> Contribution:
         """Return one use, or the written gradients; never this form."""
         return self._at_once().kept()

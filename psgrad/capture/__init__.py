@@ -1,10 +1,11 @@
 """Capture: how one backward pass hands every layer's contribution over.
 
 `survey` says which modules own what is trained, and refuses; `capture` shadows their forward, `region`
-runs one sample at a time what no rule describes; `recorder` tells the consumer, in `contribution`s.
+runs one sample at a time what no rule describes; `recorder` tells the consumer, in `contribution`s, and runs
+the backward of `repeatable` calls again for one that asks.
 """
 
-from psgrad.capture.attach import Attached, attach
+from psgrad.capture.attach import Attached, attach, attach_repeatable
 from psgrad.capture.capture import Capture
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.capture.recorder import Consumer
@@ -18,4 +19,5 @@ __all__ = [
     "LayerUse",
     "PerParameter",
     "attach",
+    "attach_repeatable",
 ]

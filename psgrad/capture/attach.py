@@ -8,8 +8,9 @@ from torch import nn
 
 from psgrad.capture.capture import Capture
 from psgrad.capture.recorder import Consumer
+from psgrad.errors import ConfigError
 
-__all__ = ["Attached", "attach"]
+__all__ = ["Attached", "attach", "attach_repeatable"]
 
 
 class Attached(Protocol):
@@ -36,3 +37,20 @@ def attach(module: nn.Module, consumer: Consumer, rows_per_sample: int) -> Attac
     """
     own = getattr(module, "per_sample_capture", None)
     return Capture(module, consumer, rows_per_sample) if own is None else own(consumer, rows_per_sample)
+
+
+def attach_repeatable(module: nn.Module, consumer: Consumer, rows_per_sample: int) -> Capture:
+    """Capture `module` for a consumer that may have its backward run again, as `attach` with a memory budget.
+
+    Raises
+    ------
+    ConfigError
+        If the module brings its own capture.
+
+    """
+    if hasattr(module, "per_sample_capture"):
+        raise ConfigError(
+            f"memory_budget is for one model, and {type(module).__name__} is several: leave it out, or train "
+            "on smaller physical batches"
+        )
+    return Capture(module, consumer, rows_per_sample, repeatable=True)

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.captured_call import captured_call
-from psgrad.capture.contribution import KeptGrads, LayerUse
+from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import Region, first_rows
+from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
 from psgrad.capture.trial import other_number_of_samples, without_trace
@@ -47,6 +48,9 @@ class Capture:
         Is told.
     rows_per_sample
         K, the consecutive rows of the batch (axis 0 of every input) that make one sample.
+    repeatable
+        Whether the consumer may call `again`. The module's graph is then apart from that of the loss, which
+        only what the module returns may reach; it serves one backward pass.
 
     Raises
     ------
@@ -56,7 +60,9 @@ class Capture:
 
     """
 
-    def __init__(self, module: nn.Module, consumer: Consumer, rows_per_sample: int = 1) -> None:
+    def __init__(
+        self, module: nn.Module, consumer: Consumer, rows_per_sample: int = 1, *, repeatable: bool = False
+    ) -> None:
         if rows_per_sample < 1:
             raise ShapeError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self._module = module
@@ -64,6 +70,8 @@ class Capture:
         self._rows_per_sample = rows_per_sample
         self._root_rows: int | None = None
         self._region: Region | None = None
+        self._repeatable = repeatable
+        self._call: RepeatableCall | None = None
         self._learned = self._learning = False
         self._batched: dict[str, set[int]] = {}  # a region's inputs that grow with the batch
         # What makes every captured node part of the graph, also where nothing else requires grad.
@@ -93,6 +101,31 @@ class Capture:
         """Paths of the modules that run one sample at a time, as far as they have been seen to need it."""
         return tuple(path for path, layer in self._layers.items() if layer.rule is None)
 
+    def again(self, take: Callable[[Contribution], None], *, keep: bool) -> None:
+        """Run the module's backward once more, from the same gradients; for a repeatable one's consumer.
+
+        To be called while it finishes. What layers contribute goes to `take`. Forward hooks do not run again,
+        backward hooks inside of the module do.
+
+        Parameters
+        ----------
+        take
+            Is told every contribution.
+        keep
+            Whether it can be run yet once more; if not, what forward saved is freed on the way.
+
+        Raises
+        ------
+        ConfigError
+            If a layer was called by itself, which cannot be repeated.
+
+        """
+        self._recorder.again(take, [self._anchor, *self._trainable.values()], keep=keep)
+
+    def no_more(self) -> None:
+        """Let go of what forward saved: the consumer will not ask for `again`."""
+        self._recorder.end_calls()
+
     def remove(self) -> None:
         """Give the module back as it was. Twice is as good as once."""
         for handle in self._handles:
@@ -115,7 +148,7 @@ class Capture:
             self._check_trainable()
             if rows and rows % self._rows_per_sample == 0 and not self._learned:
                 return self._learn_and_run(forward, args, kwargs, rows)
-        return self._run_rows(forward, args, kwargs, rows)
+        return self._run_batch(forward, args, kwargs, rows)
 
     def _learn_and_run(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> Any:
         """Run some samples, then all.
@@ -131,7 +164,7 @@ class Capture:
             self._learn(forward, args, kwargs, rows)
         except Exception as error:  # whatever a model may raise
             failed = error
-        out = self._run_rows(forward, args, kwargs, rows)
+        out = self._run_batch(forward, args, kwargs, rows)
         if failed is not None:
             raise CaptureError(
                 f"the model runs on {rows} rows, but not on fewer or more: {failed}. Its first batch runs "
@@ -153,6 +186,23 @@ class Capture:
                 self._run_rows(forward, some_args, some_kwargs, some)
         finally:
             self._learning = False
+
+    def _run_batch(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
+        """Run all rows, in a graph apart where its backward may have to run again."""
+        if not (self._repeatable and torch.is_grad_enabled()) or self._call is not None:
+            return self._run_rows(forward, args, kwargs, rows)
+        self._call = RepeatableCall(self._recorder.reached)
+        try:
+            return self._call.run(
+                lambda *args, **kwargs: self._run_rows(forward, args, kwargs, rows), args, kwargs
+            )
+        finally:
+            self._call = None
+
+    @property
+    def _gate(self) -> Gate | None:
+        """Of the repeatable call that is running, if one is."""
+        return None if self._call is None else self._call.gate
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         self._root_rows = rows
@@ -251,9 +301,8 @@ class Capture:
         batched &= self._batched.get(layer.path, batched)
         if not batched:
             raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
-        self._region = Region(
-            str(layer), layer.module, self._record_written, self._run_function, self._anchor
-        )
+        record = partial(self._record_written, self._gate)
+        self._region = Region(str(layer), layer.module, record, self._run_function, self._anchor)
         try:
             return self._region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
@@ -288,6 +337,7 @@ class Capture:
     def _run_rule(
         self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int
     ) -> Tensor:
+        gate = self._gate
         computed = Computed(layer.module) if is_parametrized(layer.module) else None
         if computed is not None:
             layer = Layer(layer.path, computed.layer, rule)
@@ -295,12 +345,12 @@ class Capture:
         def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
             call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
             use = LayerUse(layer.path, rule, call)
-            self._recorder.record(use if computed is None else Carried(layer.path, computed, use))
+            self._recorder.record(use if computed is None else Carried(layer.path, computed, use), gate)
 
         return captured_call(record, layer, rule, rest, self._anchor, x)
 
-    def _record_written(self, p: nn.Parameter, per_sample: Tensor) -> None:
-        self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]))
+    def _record_written(self, gate: Gate | None, p: nn.Parameter, per_sample: Tensor) -> None:
+        self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]), gate)
 
     def _check_trainable(self) -> None:
         refuse_changed(self._trainable, trainable_of(self._module))

@@ -6,6 +6,7 @@ Consumers (per-sample gradients, norms, clipping) see contributions only: no lay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ class Contribution(ABC):
         """
 
     @abstractmethod
+    def tensors(self) -> Iterable[Tensor]:
+        """Return the tensors that live as long as this does."""
+
+    @abstractmethod
     def kept(self) -> Contribution:
         """Return the form to hold between the two verbs of clipping: written out, or as it is."""
 
@@ -83,6 +88,10 @@ class KeptGrads(Contribution):
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
         return {p: weighted(factors, grad) for p, grad in self.written.items()}
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return self.written.values()
 
     def kept(self) -> Contribution:
         """See `Contribution.kept`."""
@@ -123,6 +132,10 @@ class LayerUse(Contribution):
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
         return self._by_parameter(self.rule.weighted_sum(self.call, factors))
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return self.call.x, self.call.g, *self.call.saved
 
     def kept(self) -> Contribution:
         """Write the gradients out where the layer's rule says so."""

@@ -6,6 +6,7 @@ the computation, carries them over to the parameters. A weighted sum is carried 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,10 @@ class Carried(Contribution):
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
         return self.computed.carry(self.use.weighted_sum(factors), per_sample=False)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return self.use.tensors()
 
     def kept(self) -> Contribution:
         """See `Contribution.kept`."""

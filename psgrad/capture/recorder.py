@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from psgrad.capture.contribution import Contribution
-from psgrad.errors import CaptureError, ShapeError
+from psgrad.capture.repeatable import Gate, RepeatableCall, run_backward
+from psgrad.errors import CaptureError, ConfigError, ShapeError
 
 __all__ = ["Consumer", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
 
@@ -36,33 +37,47 @@ class Recorder:
         self._consumer = consumer
         self._check = check
         self._task: int | None = None
-        self._seen: tuple[str, int] = ("", 0)
+        self._seen: tuple[str, int] | None = None
         self._device_type = "cpu"
+        self._calls: list[RepeatableCall] = []
+        self._alone: str | None = None  # a layer that was called outside of every repeatable call
+        self._instead: Callable[[Contribution], None] | None = None  # of the consumer, while running again
 
-    def record(self, contribution: Contribution) -> None:
-        """Hand over what a layer contributed; part of `backward`.
+    def reached(self, call: RepeatableCall) -> None:
+        """Go on into a repeatable call's graph; part of `backward`.
 
         Raises
         ------
         CaptureError
-            If this backward pass runs inside of another one, or after one that failed.
+            As `record`.
+
+        """
+        self._begin("the module's output")
+        self._calls.append(call)
+        try:
+            run_backward([call], keep=True)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def record(self, contribution: Contribution, gate: Gate | None = None) -> None:
+        """Hand over what a layer contributed, in this gate's call or outside of any; part of `backward`.
+
+        Raises
+        ------
+        CaptureError
+            If this backward pass runs inside of another one, or after one that failed, or came into the
+            repeatable call by another way than its outputs.
         ShapeError
             If it has another number of samples than what came before in this backward pass.
 
         """
-        task = torch._C._current_graph_task_id()
-        if self._task not in (None, task):
-            self.abandon()
-            raise CaptureError(
-                f"{contribution.path!r}: backward reached this layer from inside another backward, or after "
-                "one that failed. Use torch.utils.checkpoint with use_reentrant=False, or run the forward "
-                "pass again."
-            )
-        if self._task is None:
-            self._task = task
-            self._seen = (contribution.path, contribution.samples)
-            Variable._execution_engine.queue_callback(self._finish)
-        path, samples = self._seen
+        if gate is None:
+            self._begin(contribution.path)
+            self._alone = self._alone or contribution.path
+        else:
+            gate.check(repr(contribution.path))
+        path, samples = self._seen = self._seen or (contribution.path, contribution.samples)
         if contribution.samples != samples:
             raise ShapeError(
                 f"one backward pass saw {samples} samples in {path!r} and {contribution.samples} in "
@@ -70,7 +85,69 @@ class Recorder:
             )
         self._device_type = contribution.parameters[0].device.type
         with self._full_precision():
-            self._consumer.add(contribution)
+            (self._instead or self._consumer.add)(contribution)
+
+    def _begin(self, path: str) -> None:
+        """Have the end of this backward pass told, if nothing of it was reached before.
+
+        Raises
+        ------
+        CaptureError
+            As `record`.
+
+        """
+        task = torch._C._current_graph_task_id()
+        if self._task not in (None, task):
+            self.abandon()
+            raise CaptureError(
+                f"{path!r}: backward reached this layer from inside another backward, or after "
+                "one that failed. Use torch.utils.checkpoint with use_reentrant=False, or run the forward "
+                "pass again."
+            )
+        if self._task is None:
+            self._task = task
+            self._seen = None
+            Variable._execution_engine.queue_callback(self._finish)
+
+    def again(self, take: Callable[[Contribution], None], leaves: Sequence[Tensor], *, keep: bool) -> None:
+        """Run the repeatable calls' backward once more, and hand what layers contribute to `take`.
+
+        To be called by the consumer while it finishes.
+
+        Parameters
+        ----------
+        take
+            Is told every contribution.
+        leaves
+            Those that every layer's node leads to: other ones got their gradient the first time.
+        keep
+            Whether it can be run once more.
+
+        Raises
+        ------
+        ConfigError
+            If a layer had contributed outside of every repeatable call.
+
+        """
+        if self._alone is not None:
+            raise ConfigError(
+                f"{self._alone!r} was called by itself, not by the attached module's forward: its backward "
+                "cannot run twice, as this memory_budget asks for. Call the attached module as a whole, "
+                "attach to what is called, or give a larger memory_budget."
+            )
+        self._instead = take
+        try:
+            run_backward(self._calls, keep=keep, inputs=leaves)
+        finally:
+            self._instead = None
+        if not keep:
+            self.end_calls()
+
+    def end_calls(self) -> None:
+        """Let go of the repeatable calls' graphs."""
+        for call in self._calls:
+            call.end()
+        self._calls.clear()
 
     def forget_failed(self) -> None:
         """Drop what a backward pass left that ended in an error: called where none is running."""
@@ -79,14 +156,24 @@ class Recorder:
 
     def abandon(self) -> None:
         """Drop what this backward pass has captured."""
-        self._task = None
+        self._reset()
         self._consumer.abandon()
 
+    def _reset(self) -> None:
+        self.end_calls()
+        self._task = self._alone = None
+
     def _finish(self) -> None:
-        self._task = None
-        self._check()
-        with torch.no_grad(), self._full_precision():
-            self._consumer.finish(self._seen[1])
+        try:
+            self._check()
+            if self._seen is not None:
+                with torch.no_grad(), self._full_precision():
+                    self._consumer.finish(self._seen[1])
+        except BaseException:
+            self._consumer.abandon()
+            raise
+        finally:
+            self._reset()
 
     def _full_precision(self) -> AbstractContextManager[object]:
         """Without autocast, should `backward` have been called in it."""

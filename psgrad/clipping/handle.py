@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psgrad.capture import attach
+from psgrad.capture import Attached, attach, attach_repeatable
 from psgrad.capture.contribution import Contribution, PerParameter
 from psgrad.clipping.adaptive import AdaptiveQuantile
 from psgrad.clipping.result import ClipResult, Gathered
@@ -24,6 +24,7 @@ from psgrad.clipping.table import as_style
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
 from psgrad.per_sample import LossReduction, checked_reduction
+from psgrad.within_budget import WithinBudget, checked_budget
 
 __all__ = ["ClipPerSample", "clip_per_sample"]
 
@@ -42,13 +43,21 @@ class ClipPerSample:
         rows_per_sample: int,
         *,
         into_sum: bool = False,
+        memory_budget: int | None = None,
     ) -> None:
         self.loss_reduction = checked_reduction(loss_reduction)
         self.into_sum = into_sum or loss_reduction == "sum"
         """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
         self._result: ClipResult | None = None
-        self._held = Held()
-        self._capture = attach(module, self, rows_per_sample)
+        self._capture: Attached
+        self._held: Held | WithinBudget
+        if memory_budget is None:
+            self._capture = attach(module, self, rows_per_sample)
+            self._held = Held()
+        else:
+            budget = checked_budget(memory_budget)
+            self._capture = repeatable = attach_repeatable(module, self, rows_per_sample)
+            self._held = WithinBudget(budget, repeatable)
         try:
             self._use(style)
         except ConfigError:
@@ -143,7 +152,9 @@ class ClipPerSample:
         else:
             self._held.release(factors_of)
         factors = torch.stack(list(group_factors.values())).amin(0) if group_factors else norms
-        self._result = ClipResult(norms, factors, self.l2_bound, group_norms, group_factors)
+        self._result = ClipResult(
+            norms, factors, self.l2_bound, group_norms, group_factors, self._held.passes
+        )
         self._count(self._result)
 
     def _factors(self, norms: dict[str, Tensor], finite: Tensor) -> tuple[dict[str, Tensor], PerParameter]:
@@ -229,6 +240,7 @@ def clip_per_sample(
     *,
     style: str | None = None,
     rows_per_sample: int = 1,
+    memory_budget: int | None = None,
 ) -> ClipPerSample:
     """Clip every sample's gradient during `backward`, for any training loop.
 
@@ -248,6 +260,8 @@ def clip_per_sample(
         For norms without clipping there is `GradNorms`.
     rows_per_sample
         K, the consecutive rows of the batch that make one sample.
+    memory_budget
+        Bytes, or None for no limit: see below.
 
     Returns
     -------
@@ -265,12 +279,35 @@ def clip_per_sample(
     Of an ensemble all this holds for every member: `p.grad[k]` is what the member alone would have, norms and
     factors are `[K, N]`, and `.l2_bound` is of all members together.
 
+    Memory
+    ------
+    Between a layer's backward and the end of `backward`, clipping holds the layer's input and output gradient
+    or its per-sample gradients, whichever is faster. `memory_budget` limits these bytes, all layers together.
+    Where they are too few, nothing is held: backward runs through the module twice, first for the norms, then
+    for the clipped sum (`.result.passes`), which takes the time of another backward pass without weight
+    gradients. Peak memory is then that of what forward saves for backward, which stays until the norms are
+    known, of the parameters' gradients, of the budget, and of the gradients and temporaries of one layer. A
+    budget that everything fits in takes more memory than None, which lets go of saved tensors on the way.
+
+    With a budget, the module's graph is apart from that of the loss:
+
+    - Only what the module returns may reach the loss, and one backward pass goes through it, also with
+      `retain_graph=True`: else `CaptureError`.
+    - Backward hooks inside of the module see every pass. Its backward must be repeatable: none of its own
+      autograd functions or hooks may draw random numbers there. (Dropout does not.)
+    - Parameters that are used several times are held, as the norm is that of the sum of the uses; if these
+      alone exceed the budget, `backward` raises `ConfigError`, and so it does where a submodule that was
+      called by itself would have to run twice.
+
     Raises
     ------
     ConfigError
-        If the style, max_norm or loss_reduction is unknown or out of range.
+        If the style, max_norm, loss_reduction or memory_budget is unknown or out of range, or an ensemble is
+        given a memory_budget.
     RefusedModelError
         If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
 
     """
-    return ClipPerSample(module, as_style(max_norm, style), loss_reduction, rows_per_sample)
+    return ClipPerSample(
+        module, as_style(max_norm, style), loss_reduction, rows_per_sample, memory_budget=memory_budget
+    )

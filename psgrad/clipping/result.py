@@ -26,6 +26,9 @@ class ClipResult:
         The most that one sample can change the clipped *sum* by, in L2 norm: what noise is scaled to.
     group_norms, group_factors
         The same by group of parameters (`Group.path`); one group "" but in the style "per_layer".
+    passes
+        How often backward ran through the module: 1, or 2 where a memory budget asked for it, and more where
+        that had to be found out.
 
     """
 
@@ -34,6 +37,7 @@ class ClipResult:
     l2_bound: float
     group_norms: dict[str, Tensor] = field(default_factory=dict)
     group_factors: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 1
 
     @property
     def clipped(self) -> Tensor:

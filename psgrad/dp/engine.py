@@ -98,6 +98,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         rand_on_empty: bool = False,
         rows_per_sample: int = 1,
+        memory_budget: int | None = None,
         **unknown: Any,
     ) -> tuple[Any, ...]:
         """Attach the engine.
@@ -135,6 +136,8 @@ class PrivacyEngine:
             Opacus's: an empty batch is filled with random numbers. Refused: it is not needed.
         rows_per_sample
             K, the consecutive rows of a batch that make one sample.
+        memory_budget
+            Bytes that clipping may hold, see `psgrad.clip_per_sample`; None for no limit.
         unknown
             Options of Opacus that psgrad has not, and misspelt ones: refused by name.
 
@@ -161,7 +164,9 @@ class PrivacyEngine:
         poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
         # Where it is no sampling rate, get_epsilon says so.
         sample_rate = sample_rate_of(data_loader) if poisson else 1 / len(data_loader)
-        clip = ClipPerSample(module, style, loss_reduction, rows_per_sample, into_sum=True)
+        clip = ClipPerSample(
+            module, style, loss_reduction, rows_per_sample, into_sum=True, memory_budget=memory_budget
+        )
         try:
             private = PrivateOptimizer(
                 optimizer,

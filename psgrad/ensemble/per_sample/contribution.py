@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -48,6 +49,10 @@ class MemberKept(MemberContribution):
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`; `factors` is `[K, N]`, and member k's sum in entry k."""
         return {p: _weighted(factors, grad) for p, grad in self.written.items()}
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return self.written.values()
 
     def kept(self) -> Contribution:
         """See `Contribution.kept`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,10 @@ class JoinedMembers(MemberContribution):
             ],
             lambda p: p.new_zeros(p.shape[1:]),
         )
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return [t for part in self.parts for contribution, _ in part for t in contribution.tensors()]
 
     def kept(self) -> Contribution:
         """See `Contribution.kept`: the members' parts are held in their form already."""

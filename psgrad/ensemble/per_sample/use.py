@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -81,6 +81,10 @@ class MemberUse(MemberContribution):
             return self._by_parameter(self._linear_sums(factors))
         calls = zip(self._calls(), factors, strict=True)
         return self._stacked([self.rule.weighted_sum(call, own) for call, own in calls])
+
+    def tensors(self) -> Iterable[Tensor]:
+        """See `Contribution.tensors`."""
+        return self.x.tensor, self.g.tensor
 
     def kept(self) -> Contribution:
         """Write the gradients out where the layer's rule says so."""

@@ -1,0 +1,206 @@
+"""One call of a module whose backward can run several times within one backward pass of the loss.
+
+`loss.backward()` frees the graph that it passes. So what the module computes is a graph of its own, and the
+graph of the loss holds one node in its place. When the loss's backward reaches that node it runs the
+module's, which stays until it is ended, and can be run again from the same gradients of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from psgrad.errors import CaptureError
+
+__all__ = ["Gate", "RepeatableCall", "run_backward"]
+
+
+@dataclass
+class Gate:
+    """What the nodes inside of a call's graph know of it: not the graph itself, which would never be freed.
+
+    Attributes
+    ----------
+    open
+        Whether `run_backward` is in the graph.
+    input_grads
+        By input that requires grad, what has arrived.
+
+    """
+
+    open: bool = False
+    input_grads: dict[int, Tensor] = field(default_factory=dict)
+
+    def check(self, where: str) -> None:
+        """Raise if backward came here by another way than the call's outputs.
+
+        Raises
+        ------
+        CaptureError
+            As said.
+
+        """
+        if not self.open:
+            raise CaptureError(
+                f"backward reached {where} from a tensor inside of the module that the loss uses directly "
+                "(kept by a hook or an attribute): under memory_budget only what the module returns may "
+                "reach the loss. Return that tensor from forward, or leave memory_budget out."
+            )
+
+
+class RepeatableCall:
+    """One call; see the module.
+
+    Parameters
+    ----------
+    reached
+        Called with this, within the loss's backward, when it has the gradients of the outputs; is to run
+        `run_backward([this])`.
+
+    Attributes
+    ----------
+    gate
+        For the nodes inside.
+
+    """
+
+    def __init__(self, reached: Callable[[RepeatableCall], None]) -> None:
+        self.gate = Gate()
+        self._reached = reached
+        self._ended = False
+        self._outputs: list[Tensor] = []
+        self._grads: Sequence[Tensor | None] = ()
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what `forward` returns, every tensor of it that requires grad behind the node.
+
+        Raises
+        ------
+        CaptureError
+            If an input that requires grad was written to: whoever uses it next would have a wrong gradient.
+
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        inputs = [leaves[i] for i in places]
+        versions = [t._version for t in inputs]
+        if inputs:
+            entry = torch.zeros((), requires_grad=True)
+            for n, i in enumerate(places):
+                leaves[i] = _Entry.apply(self.gate, n, entry, leaves[i].detach())
+            args, kwargs = tree_unflatten(leaves, structure)
+        returned = forward(*args, **kwargs)
+        if versions != [t._version for t in inputs]:
+            raise CaptureError(
+                "the module wrote to an input that requires grad, in place: under memory_budget its graph is "
+                "apart from the input's. Give it a clone(), or leave memory_budget out."
+            )
+        leaves, structure = tree_flatten(returned)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not places:
+            return returned
+        self._outputs = [leaves[i] for i in places]
+        for i, outer in zip(
+            places, _Exit.apply(self, torch.zeros((), requires_grad=True), *inputs), strict=True
+        ):
+            leaves[i] = outer
+        return tree_unflatten(leaves, structure)
+
+    def end(self) -> None:
+        """Let go of the graph: what the forward pass saved."""
+        self._ended = True
+        self._outputs, self._grads = [], ()
+        self.gate.input_grads.clear()
+
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs as the node sends them on."""
+        return [out.detach() for out in self._outputs]  # no views: what follows may write to them in place
+
+    def ends(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs that the loss depends on, and their gradients."""
+        return [(out, g) for out, g in zip(self._outputs, self._grads, strict=True) if g is not None]
+
+    def backward(self, grads: Sequence[Tensor | None], inputs: int) -> list[Tensor | None]:
+        """From the outputs' gradients to the inputs'; part of the loss's backward.
+
+        Raises
+        ------
+        CaptureError
+            If the graph was let go of.
+
+        """
+        if self._ended:
+            raise CaptureError(
+                "backward ran a second time through the same forward pass: under memory_budget a module's "
+                "graph goes with the first, also with retain_graph=True. Run the forward pass again, or "
+                "leave memory_budget out."
+            )
+        self._grads = grads
+        self._reached(self)
+        return [self.gate.input_grads.get(n) for n in range(inputs)]
+
+
+def run_backward(
+    calls: Sequence[RepeatableCall], *, keep: bool, inputs: Sequence[Tensor] | None = None
+) -> None:
+    """Run the backward of these calls' graphs, which stay if they are to be kept.
+
+    Parameters
+    ----------
+    calls
+        All of one backward pass of the loss.
+    keep
+        Whether it can be run once more.
+    inputs
+        Leaves to which the way is to be gone; nothing else that requires grad is given a gradient. All leaves
+        without.
+
+    """
+    ends = [end for call in calls for end in call.ends()]
+    for call in calls:
+        call.gate.open = True
+    try:
+        torch.autograd.backward(
+            [out for out, _ in ends], [g for _, g in ends], retain_graph=keep, inputs=inputs
+        )
+    finally:
+        for call in calls:
+            call.gate.open = False
+
+
+class _Entry(torch.autograd.Function):
+    """An input as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, n: int, entry: Tensor, t: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gate, ctx.n = gate, n
+        return t.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
+        if g is not None:
+            ctx.gate.check("the module's input")
+            ctx.gate.input_grads[ctx.n] = g
+        return None, None, None, None
+
+
+class _Exit(torch.autograd.Function):
+    """The outputs as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, call: RepeatableCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.inputs = call, len(inputs)
+        return tuple(call.outputs())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.call.backward(grads, ctx.inputs)
