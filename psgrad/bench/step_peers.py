@@ -85,9 +85,11 @@ class PsgradClip(NonPrivate):
 
     clips = True
 
-    def __init__(self, model: nn.Module, max_norm: float, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, max_norm: float, batch_size: int, *, memory_budget: int | None = None
+    ) -> None:
         super().__init__(model)
-        self.handle = clip_per_sample(self.model, max_norm)
+        self.handle = clip_per_sample(self.model, max_norm, memory_budget=memory_budget)
 
 
 class PsgradNorms(NonPrivate):
@@ -215,6 +217,7 @@ class BackPack(Written):
 
 STEPPERS: dict[str, StepperMaker] = {
     "psgrad clip": PsgradClip,
+    "psgrad clip, two passes": partial(PsgradClip, memory_budget=1),
     "psgrad norms": PsgradNorms,
     "opacus hooks + psgrad": partial(OpacusMode, "hooks", True),
     "opacus ghost + psgrad": partial(OpacusMode, "ghost", True),

@@ -17,6 +17,7 @@ from psgrad import ConfigError, RefusedModelError
 from psgrad.clipping import AdaptiveQuantile, Automatic
 from psgrad.dp import PrivacyEngine, noise_generator
 from recipes.data import load_images
+from tests.dp.problems import flat, loader_of, network, sgd, train
 
 SCRIPT = textwrap.dedent(
     """
@@ -159,6 +160,30 @@ def test_the_noise_is_scaled_to_the_style_s_bound():
         assert torch.cat(spread).std().item() == pytest.approx(0.1 * bound / 4, rel=0.05)
 
 
+@pytest.mark.parametrize("door", ["make_private", "make_private_with_epsilon"])
+def test_a_memory_budget_changes_the_memory_and_nothing_else(door):
+    moved = []
+    for budget in (None, 1):
+        torch.manual_seed(0)
+        model = network().double()
+        noise = {"noise_multiplier": 1.0}
+        if door != "make_private":
+            noise = {"target_epsilon": 3.0, "target_delta": 1e-2, "epochs": 2}
+        model, optimizer, loader = getattr(PrivacyEngine(), door)(
+            module=model,
+            optimizer=sgd(model.parameters()),
+            data_loader=loader_of(),
+            max_grad_norm=0.1,
+            noise_generator=noise_generator(seed=3),
+            memory_budget=budget,
+            **noise,
+        )
+        train(model, optimizer, ((x.double(), y) for x, y in loader))
+        moved.append(flat(model))
+    assert (moved[0] - flat(network().double())).norm() > 0.01
+    torch.testing.assert_close(moved[1], moved[0])
+
+
 def test_schedulers_of_opacus_drive_noise_and_norm():
     _, optimizer, _ = private()
     noise = ExponentialNoise(optimizer, gamma=0.5)
@@ -256,6 +281,7 @@ def test_batch_memory_manager_draws_noise_once_a_logical_step():
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"criterion": nn.CrossEntropyLoss(reduction="sum")}, "reduction"),
         ({"clipping": "round"}, "round"),
+        ({"memory_budget": 0}, "memory_budget"),
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(options, match):

@@ -8,16 +8,28 @@ from psgrad.bench.zoo import classification_loss
 from psgrad.dp import PrivateOptimizer, PRVAccountant
 from tests.models.tiny import TINY, make_tiny
 
-STYLES = {"flat": {}}
-"""Arguments of `clip_per_sample` by clipping style."""
+STYLES = {"flat": {}, "flat, two passes": {"memory_budget": 1}}
+"""Arguments of `clip_per_sample` by clipping style and how it is computed."""
+
+IN_TWO_PASSES = ("convnext", "densenet, checkpointed", "googlenet", "resnet, basic blocks", "swin_v2")
+"""Models that are quickly run with backward in two passes as well; the others are slow tests."""
 
 SAMPLES = 3
-every_model = pytest.mark.parametrize(
+
+
+def is_slow(name, style):
     # the one with 24 million parameters is made of what the others are made of
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "inception" else name for name in TINY],
+    return name == "inception" or ("two passes" in style and name not in IN_TWO_PASSES)
+
+
+every_model = pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        pytest.param(name, style, marks=pytest.mark.slow if is_slow(name, style) else ())
+        for name in TINY
+        for style in STYLES
+    ],
 )
-every_style = pytest.mark.parametrize("style", STYLES)
 
 
 def clipped_sum(model, clip, batch, reduction, split=SAMPLES):
@@ -37,7 +49,6 @@ def without(batch, n):
     return tuple(torch.cat([t[:n], t[n + 1 :]]) for t in batch)
 
 
-@every_style
 @every_model
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_p1_one_sample_changes_the_sum_by_its_clipped_norm(name, reduction, style):
@@ -53,11 +64,10 @@ def test_p1_one_sample_changes_the_sum_by_its_clipped_norm(name, reduction, styl
             rest, _ = clipped_sum(model, clip, without(batch, n), reduction)
             change = (whole - rest).norm().item()
             assert change <= clip.result.l2_bound * (1 + 1e-5)
-            if style == "flat":  # and it is no less than it must be
+            if style.startswith("flat"):  # and it is no less than it must be
                 assert change == pytest.approx(min(bound, norms[n].item()), rel=1e-5)
 
 
-@every_style
 @every_model
 def test_p1_alone_in_single_precision_and_over_physical_batches(name, style):
     model, *batch = make_tiny(name, SAMPLES, torch.float)
@@ -74,7 +84,6 @@ def test_p1_alone_in_single_precision_and_over_physical_batches(name, style):
     torch.testing.assert_close(norms_of_parts, norms)
 
 
-@every_style
 @every_model
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_p2_a_sample_that_is_not_finite_adds_nothing_and_is_reported(name, bad, style):
@@ -87,7 +96,6 @@ def test_p2_a_sample_that_is_not_finite_adds_nothing_and_is_reported(name, bad, 
     torch.testing.assert_close(total, healthy)
 
 
-@every_style
 @every_model
 def test_p5_the_divisor_is_the_expected_batch_size_whatever_was_drawn(name, style):
     model, *batch = make_tiny(name, SAMPLES)
