@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from psgrad.capture.contribution import Contribution
-from psgrad.capture.repeatable import Gate, RepeatableCall, run_backward
+from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.errors import CaptureError, ConfigError, ShapeError
 
 __all__ = ["Consumer", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
@@ -55,7 +55,7 @@ class Recorder:
         self._begin("the module's output")
         self._calls.append(call)
         try:
-            run_backward([call], keep=True)
+            call.first()
         except BaseException:
             self.abandon()
             raise
@@ -137,7 +137,8 @@ class Recorder:
             )
         self._instead = take
         try:
-            run_backward(self._calls, keep=keep, inputs=leaves)
+            for call in self._calls:
+                call.again(leaves, keep=keep)
         finally:
             self._instead = None
         if not keep:

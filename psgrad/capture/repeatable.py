@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from psgrad.errors import CaptureError
 
-__all__ = ["Gate", "RepeatableCall", "run_backward"]
+__all__ = ["Gate", "RepeatableCall"]
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Gate:
     Attributes
     ----------
     open
-        Whether `run_backward` is in the graph.
+        Whether a backward that came through the outputs is in the graph.
     input_grads
         By input that requires grad, what has arrived.
 
@@ -59,8 +60,8 @@ class RepeatableCall:
     Parameters
     ----------
     reached
-        Called with this, within the loss's backward, when it has the gradients of the outputs; is to run
-        `run_backward([this])`.
+        Called with this, within the loss's backward, when it has the gradients of the outputs; is to call
+        `first`.
 
     Attributes
     ----------
@@ -75,6 +76,8 @@ class RepeatableCall:
         self._ended = False
         self._outputs: list[Tensor] = []
         self._grads: Sequence[Tensor | None] = ()
+        self._devices: list[int] = []
+        self._random: list[Tensor] = []  # the state of the CPU's generator, and of those of the devices
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `forward` returns, every tensor of it that requires grad behind the node.
@@ -121,10 +124,6 @@ class RepeatableCall:
         """Return the outputs as the node sends them on."""
         return [out.detach() for out in self._outputs]  # no views: what follows may write to them in place
 
-    def ends(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the outputs that the loss depends on, and their gradients."""
-        return [(out, g) for out, g in zip(self._outputs, self._grads, strict=True) if g is not None]
-
     def backward(self, grads: Sequence[Tensor | None], inputs: int) -> list[Tensor | None]:
         """From the outputs' gradients to the inputs'; part of the loss's backward.
 
@@ -144,33 +143,38 @@ class RepeatableCall:
         self._reached(self)
         return [self.gate.input_grads.get(n) for n in range(inputs)]
 
+    def first(self) -> None:
+        """Run the module's backward from the gradients that were reached, to every leaf; its graph stays."""
+        self._devices, states = get_device_states(*self._outputs)
+        self._random = [torch.get_rng_state(), *states]
+        self._run(keep=True, inputs=None)
 
-def run_backward(
-    calls: Sequence[RepeatableCall], *, keep: bool, inputs: Sequence[Tensor] | None = None
-) -> None:
-    """Run the backward of these calls' graphs, which stay if they are to be kept.
+    def again(self, inputs: Sequence[Tensor], *, keep: bool) -> None:
+        """Run it as the first time, with the same random numbers.
 
-    Parameters
-    ----------
-    calls
-        All of one backward pass of the loss.
-    keep
-        Whether it can be run once more.
-    inputs
-        Leaves to which the way is to be gone; nothing else that requires grad is given a gradient. All leaves
-        without.
+        Parameters
+        ----------
+        inputs
+            Leaves to which the way is to be gone; nothing else that requires grad is given a gradient.
+        keep
+            Whether it can be run once more. If not, what forward saved is freed on the way.
 
-    """
-    ends = [end for call in calls for end in call.ends()]
-    for call in calls:
-        call.gate.open = True
-    try:
-        torch.autograd.backward(
-            [out for out, _ in ends], [g for _, g in ends], retain_graph=keep, inputs=inputs
-        )
-    finally:
-        for call in calls:
-            call.gate.open = False
+        """
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._random[0])
+            set_device_states(self._devices, self._random[1:])
+            self._run(keep=keep, inputs=inputs)
+
+    def _run(self, *, keep: bool, inputs: Sequence[Tensor] | None) -> None:
+        ends = [(out, g) for out, g in zip(self._outputs, self._grads, strict=True) if g is not None]
+        if not ends:
+            return
+        outs, grads = zip(*ends, strict=True)
+        self.gate.open = True
+        try:
+            torch.autograd.backward(outs, grads, retain_graph=keep, inputs=inputs)
+        finally:
+            self.gate.open = False
 
 
 class _Entry(torch.autograd.Function):

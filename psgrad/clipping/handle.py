@@ -293,8 +293,10 @@ def clip_per_sample(
 
     - Only what the module returns may reach the loss, and one backward pass goes through it, also with
       `retain_graph=True`: else `CaptureError`.
-    - Backward hooks inside of the module see every pass. Its backward must be repeatable: none of its own
-      autograd functions or hooks may draw random numbers there. (Dropout does not.)
+    - Backward hooks inside of the module see every pass, all with the same random numbers. One that keeps
+      count, and changes gradients by it, changes them between norm and sum: the bound does not hold then.
+    - Submodules that `torch.compile` compiled need `torch._functorch.config.donated_buffer = False`, as torch
+      says.
     - Parameters that are used several times are held, as the norm is that of the sum of the uses; if these
       alone exceed the budget, `backward` raises `ConfigError`, and so it does where a submodule that was
       called by itself would have to run twice.
