@@ -179,7 +179,7 @@ class _Sparing(Held):
 
 
 def _written_bytes(contribution: Contribution) -> int:
-    return contribution.samples * _bytes(contribution.parameters)
+    return contribution.samples * sum(p.nbytes for p in contribution.parameters)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
