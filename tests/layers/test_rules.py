@@ -42,6 +42,7 @@ CASES = [
     (nn.Linear, lambda: nn.Linear(5, 3, bias=False), (4, 2, 5)),
     (nn.Linear, lambda: nn.Linear(9, 8), (3, 9)),  # few positions: norms by Gram matrices
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4, 5, 3)),
+    (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4, 2, 3)),
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4,)),
     (nn.InstanceNorm1d, lambda: nn.InstanceNorm1d(3, affine=True), (3, 6)),
     (nn.InstanceNorm2d, lambda: nn.InstanceNorm2d(3, affine=True), (3, 4, 5)),

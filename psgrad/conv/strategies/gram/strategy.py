@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from psgrad.conv.numerics import accumulation_dtype
+from psgrad.conv.patches import patches
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import (
     Cost,
@@ -88,6 +89,8 @@ class Gram(Strategy):
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.sq_norms`."""
         dtype = accumulation_dtype(x.dtype)
+        if problem.rows_per_sample * problem.positions == 1:
+            return _norms_of_one_position(x.to(dtype), grad.to(dtype), problem)
         chunk = samples_per_chunk(problem, self._bytes(problem))
         if chunk >= problem.samples > 0:
             norms, eaten = _norms(x.to(dtype), grad.to(dtype), problem)
@@ -111,13 +114,18 @@ class Gram(Strategy):
         return p.groups * entries * accumulation_dtype(p.dtype).itemsize
 
 
+def _norms_of_one_position(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+    """`||g_n x_n^T||^2 = |g_n|^2 |x_n|^2` for every group: N GO, N GI k -> N. Nothing cancels."""
+    d = grad.reshape(problem.samples, problem.groups, problem.out_per_group)
+    s = patches(x, problem, problem.samples).squeeze(3)
+    return (torch.linalg.vecdot(d, d) * torch.linalg.vecdot(s, s)).sum(1)
+
+
 def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor, Tensor]:
     """Squared norms `[N]`, and where cancellation has eaten their digits."""
     d = positions_gram(grad, problem, problem.positions)
     s = mapped(x, problem) if few_positions(problem) else shifted(x, problem)
     norms = torch.linalg.vecdot(d.flatten(1), s.flatten(1))
-    if d.shape[1] == 1 == problem.groups:  # one term: nothing was added up
-        return norms, torch.zeros_like(norms, dtype=torch.bool)
     # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
     diagonal = d.diagonal(dim1=1, dim2=2) * s.diagonal(dim1=1, dim2=2)
     magnitude = diagonal.clamp(min=0).sqrt().sum(1).square()
