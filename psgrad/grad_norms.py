@@ -11,8 +11,8 @@ from psgrad.capture import Capture
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
+from psgrad.loss import LossCheck, LossReduction, checked_reduction
 from psgrad.norm_statistics import NoiseScale, noise_scale, outliers
-from psgrad.per_sample import LossReduction, checked_reduction
 
 __all__ = ["GradNorms"]
 
@@ -47,6 +47,8 @@ class GradNorms:
     ------
     RefusedModelError
         If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
+    ConfigError
+        In `backward`, where the loss's graph shows that it is not the `loss_reduction` that was said.
 
     Examples
     --------
@@ -62,7 +64,8 @@ class GradNorms:
         self._reduction = checked_reduction(loss_reduction)
         self._held = Held()
         self._seen: _Seen | None = None
-        self._capture = Capture(module, self, rows_per_sample)
+        check = LossCheck(self._reduction, samples_must_not_mix=False)
+        self._capture = Capture(module, self, rows_per_sample, check)
 
     @property
     def _last(self) -> _Seen:

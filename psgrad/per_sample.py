@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Literal
 
 from torch import Tensor, nn
 
 from psgrad.capture import Capture
 from psgrad.capture.contribution import Contribution
-from psgrad.errors import ConfigError
+from psgrad.loss import LossCheck, LossReduction, checked_reduction
 
 __all__ = ["LossReduction", "PerSampleGrads", "checked_reduction"]
-
-LossReduction = Literal["mean", "sum"]
 
 
 class PerSampleGrads:
@@ -44,6 +41,8 @@ class PerSampleGrads:
     ------
     RefusedModelError
         If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
+    ConfigError
+        In `backward`, where the loss's graph shows that it is not the `loss_reduction` that was said.
 
     Examples
     --------
@@ -59,7 +58,8 @@ class PerSampleGrads:
     ) -> None:
         self._reduction = checked_reduction(loss_reduction)
         self._pending: dict[nn.Parameter, Tensor] = {}
-        self._capture = Capture(module, self, rows_per_sample)
+        check = LossCheck(self._reduction, samples_must_not_mix=False)
+        self._capture = Capture(module, self, rows_per_sample, check)
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
@@ -99,17 +99,3 @@ def accumulate(p: nn.Parameter, grad: Tensor) -> None:
     """`p.grad += grad`, as `backward` does."""
     grad = grad.to(p.dtype)
     p.grad = grad if p.grad is None else p.grad + grad
-
-
-def checked_reduction(loss_reduction: str) -> LossReduction:
-    """Return the argument, or raise `ConfigError` if it is no loss reduction.
-
-    Raises
-    ------
-    ConfigError
-        As said.
-
-    """
-    if loss_reduction not in ("mean", "sum"):
-        raise ConfigError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
-    return loss_reduction  # type: ignore[return-value]  # just checked

@@ -47,7 +47,7 @@ def test_sum_and_mean_measure_the_same():
 def test_what_is_not_finite_is_seen_and_left_in_the_gradient():
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     x[1, 0] = float("nan")
-    with GradNorms(model) as monitor:
+    with GradNorms(model, "sum") as monitor:
         model(x).sum().backward()
     assert monitor.norms.isfinite().tolist() == [True, False, True, True]
     assert model.weight.grad[:, 0].isnan().all()

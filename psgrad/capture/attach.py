@@ -9,6 +9,7 @@ from torch import nn
 from psgrad.capture.capture import Capture
 from psgrad.capture.recorder import Consumer
 from psgrad.errors import ConfigError
+from psgrad.loss import LossCheck
 
 __all__ = ["Attached", "attach", "attach_repeatable"]
 
@@ -28,7 +29,9 @@ class Attached(Protocol):
         """Give the module back as it was."""
 
 
-def attach(module: nn.Module, consumer: Consumer, rows_per_sample: int) -> Attached:
+def attach(
+    module: nn.Module, consumer: Consumer, rows_per_sample: int, loss: LossCheck | None = None
+) -> Attached:
     """Capture `module` for a consumer that takes a sample to have several gradients where it has.
 
     A module that is several models at once has a method `per_sample_capture(consumer, rows_per_sample)`;
@@ -36,10 +39,14 @@ def attach(module: nn.Module, consumer: Consumer, rows_per_sample: int) -> Attac
     `Capture`.
     """
     own = getattr(module, "per_sample_capture", None)
-    return Capture(module, consumer, rows_per_sample) if own is None else own(consumer, rows_per_sample)
+    if own is None:
+        return Capture(module, consumer, rows_per_sample, loss)
+    return own(consumer, rows_per_sample)  # a loss of each member: what they add up to is not judged
 
 
-def attach_repeatable(module: nn.Module, consumer: Consumer, rows_per_sample: int) -> Capture:
+def attach_repeatable(
+    module: nn.Module, consumer: Consumer, rows_per_sample: int, loss: LossCheck | None = None
+) -> Capture:
     """Capture `module` for a consumer that may have its backward run again, as `attach` with a memory budget.
 
     Raises
@@ -53,4 +60,4 @@ def attach_repeatable(module: nn.Module, consumer: Consumer, rows_per_sample: in
             f"memory_budget is for one model, and {type(module).__name__} is several: leave it out, or train "
             "on smaller physical batches"
         )
-    return Capture(module, consumer, rows_per_sample, repeatable=True)
+    return Capture(module, consumer, rows_per_sample, loss, repeatable=True)

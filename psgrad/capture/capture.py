@@ -30,6 +30,7 @@ from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
 from psgrad.capture.trial import other_number_of_samples, without_trace
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import LayerCall, LayerRule
+from psgrad.loss import LossCheck
 
 __all__ = ["Capture", "Consumer"]
 
@@ -48,6 +49,8 @@ class Capture:
         Is told.
     rows_per_sample
         K, the consecutive rows of the batch (axis 0 of every input) that make one sample.
+    loss
+        Looks at the losses over what the module returns, until `remove()`.
     repeatable
         Whether the consumer may call `again`. The module's graph is then apart from that of the loss, which
         only what the module returns may reach; it serves one backward pass.
@@ -61,13 +64,20 @@ class Capture:
     """
 
     def __init__(
-        self, module: nn.Module, consumer: Consumer, rows_per_sample: int = 1, *, repeatable: bool = False
+        self,
+        module: nn.Module,
+        consumer: Consumer,
+        rows_per_sample: int = 1,
+        loss: LossCheck | None = None,
+        *,
+        repeatable: bool = False,
     ) -> None:
         if rows_per_sample < 1:
             raise ShapeError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self._module = module
         self._recorder = Recorder(consumer, self._check_trainable)
         self._rows_per_sample = rows_per_sample
+        self._loss = loss
         self._root_rows: int | None = None
         self._region: Region | None = None
         self._repeatable = repeatable
@@ -87,6 +97,8 @@ class Capture:
         for layer in layers:
             self._attach(layer)
         shadow_forward(module, self._run_root)
+        if loss is not None:
+            loss.watch()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -128,6 +140,8 @@ class Capture:
 
     def remove(self) -> None:
         """Give the module back as it was. Twice is as good as once."""
+        if self._loss is not None:
+            self._loss.unwatch()
         for handle in self._handles:
             handle.remove()
         for module in (self._module, *(layer.module for layer in self._layers.values())):
@@ -146,8 +160,12 @@ class Capture:
         if torch.is_grad_enabled():
             refuse_mixing(self._module)
             self._check_trainable()
-            if rows and rows % self._rows_per_sample == 0 and not self._learned:
-                return self._learn_and_run(forward, args, kwargs, rows)
+            if rows and rows % self._rows_per_sample == 0:
+                run = self._run_batch if self._learned else self._learn_and_run
+                out = run(forward, args, kwargs, rows)
+                if self._loss is not None:
+                    self._loss.mark(out, rows // self._rows_per_sample, rows)
+                return out
         return self._run_batch(forward, args, kwargs, rows)
 
     def _learn_and_run(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> Any:

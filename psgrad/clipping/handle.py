@@ -23,7 +23,7 @@ from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
 from psgrad.clipping.table import as_style
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
-from psgrad.per_sample import LossReduction, checked_reduction
+from psgrad.loss import LossCheck, LossReduction, checked_reduction
 from psgrad.within_budget import WithinBudget, checked_budget
 
 __all__ = ["ClipPerSample", "clip_per_sample"]
@@ -49,14 +49,15 @@ class ClipPerSample:
         self.into_sum = into_sum or loss_reduction == "sum"
         """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
         self._result: ClipResult | None = None
+        check = LossCheck(self.loss_reduction, samples_must_not_mix=True)
         self._capture: Attached
         self._held: Held | WithinBudget
         if memory_budget is None:
-            self._capture = attach(module, self, rows_per_sample)
+            self._capture = attach(module, self, rows_per_sample, check)
             self._held = Held()
         else:
             budget = checked_budget(memory_budget)
-            self._capture = repeatable = attach_repeatable(module, self, rows_per_sample)
+            self._capture = repeatable = attach_repeatable(module, self, rows_per_sample, check)
             self._held = WithinBudget(budget, repeatable)
         try:
             self._use(style)
@@ -253,7 +254,7 @@ def clip_per_sample(
         one is scaled down to it. With inf, `p.grad` is the ordinary gradient. By path of modules for the
         style "per_layer". Or a style with its settings: `Automatic(1.0, gamma=0.1)`.
     loss_reduction
-        How the loss combines the batch, "mean" or "sum" (`check_loss_reduction` tells). Norms are always
+        How the loss combines the batch, "mean" or "sum". Norms are always
         those of a sample's own loss.
     style
         A name in `psgrad.clipping.STYLES`: "flat" (the default), "per_layer", "automatic", "adaptive".
@@ -305,7 +306,9 @@ def clip_per_sample(
     ------
     ConfigError
         If the style, max_norm, loss_reduction or memory_budget is unknown or out of range, or an ensemble is
-        given a memory_budget.
+        given a memory_budget. In `backward`, where the loss's graph shows that it is not what `loss_reduction`
+        says, or is a mean over what depends on the whole batch: class weights, ignored targets
+        (`psgrad.loss`). Not for an ensemble.
     RefusedModelError
         If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
 

@@ -170,7 +170,7 @@ def test_a_checkpoint_frees_what_layers_would_hold():
         out.backward()
         return count
 
-    with PerSampleGrads(model):
+    with PerSampleGrads(model, "sum"):
         assert alive(model) == 7  # the last output is only summed
         assert alive(lambda x: checkpoint(model, x, use_reentrant=False)) == 0
 

@@ -22,7 +22,7 @@ def test_a_parameter_used_elsewhere_is_named():
             return F.linear(self.inner["linear"](x), self.inner["linear"].weight)
 
     model = UsesChildsWeight()
-    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"inner\.linear\.weight"):
+    with PerSampleGrads(model, "sum"), pytest.raises(CaptureError, match=r"inner\.linear\.weight"):
         model(torch.randn(2, 3)).sum().backward()
 
 
@@ -50,7 +50,7 @@ def test_batch_norm_is_refused_by_path():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()))
     with pytest.raises(RefusedModelError, match=r"1\.0 \(BatchNorm2d\).*GroupNorm"):
         PerSampleGrads(model)
-    with PerSampleGrads(model.eval()):
+    with PerSampleGrads(model.eval(), "sum"):
         model(torch.randn(2, 3, 4, 4)).sum().backward()
         model.train()
         with pytest.raises(RefusedModelError, match=r"1\.0"):
@@ -127,7 +127,7 @@ def test_a_module_vmap_cannot_run_is_named_with_a_way_out():
 
 def test_second_backward_through_one_forward_is_as_without_psgrad():
     model = nn.Linear(2, 2)
-    with PerSampleGrads(model):
+    with PerSampleGrads(model, "sum"):
         loss = model(torch.randn(3, 2, requires_grad=True)).sum()
         loss.backward(retain_graph=True)
         once, total = model.weight.grad_sample.clone(), model.weight.grad.clone()

@@ -1,0 +1,144 @@
+"""`LossCheck`: whether the loss that backward starts from is what was said of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from psgrad.errors import ConfigError
+from psgrad.loss import starts
+from psgrad.loss.marks import mark
+from psgrad.loss.reduction import LossReduction
+from psgrad.loss.terms import Term, terms_of
+
+__all__ = ["LossCheck"]
+
+
+class LossCheck:
+    """Look at every loss over a model's outputs, at the beginning of its backward pass.
+
+    Where the graph shows for certain that the loss is not what `loss_reduction` says, `backward` raises
+    before it computes anything. What is not certain is let pass: a loss of one's own that divides by a
+    tensor, a compiled loss, `backward` with a gradient given to it, losses far below other modules.
+
+    Parameters
+    ----------
+    loss_reduction
+        What was said.
+    samples_must_not_mix
+        Whether a mean by a divisor that depends on the whole batch (class weights, ignored targets) raises,
+        because another sample would change what a sample contributes, or warns once, because norms would be
+        off by a factor.
+
+    """
+
+    def __init__(self, loss_reduction: LossReduction, *, samples_must_not_mix: bool) -> None:
+        self._said = loss_reduction
+        self._strict = samples_must_not_mix
+        self._warned = self._looked = False
+
+    def watch(self) -> None:
+        """Look from now on."""
+        starts.watch(self, _look)
+
+    def unwatch(self) -> None:
+        """Look no more, and leave nothing behind. Twice is as good as once."""
+        starts.unwatch(self)
+
+    def mark(self, out: Any, samples: int, rows: int) -> None:
+        """Take `out`, of N > 0 samples in so many rows, for what the losses are over."""
+        mark(out, self, samples, rows)
+
+    def judge(self, terms: list[Term]) -> None:
+        """Raise for the terms of a loss over N samples that are not what was said.
+
+        Raises
+        ------
+        ConfigError
+            As said, with what to do.
+
+        """
+        samples = terms[0].output.samples
+        largest = max(terms, key=lambda term: term.factor)
+        found: LossReduction = "sum" if self._said == "mean" else "mean"
+        expected = {"mean": 1 / samples, "sum": 1.0}
+        distance = {reduction: abs(math.log(largest.factor / f)) for reduction, f in expected.items()}
+        # A factor of 2 or 3 is as good as none (two losses added up, one weighted by 0.4); between N and 1
+        # it must be clear which is nearer, and it is none of ours where one term is as was said.
+        near = distance[found] <= math.log(3) and distance[self._said] - distance[found] > math.log(1.99)
+        if near and not any(term.reduction == self._said and 0.5 <= term.scale <= 2 for term in terms):
+            times = f"{samples} times" if found == "sum" else f"1/{samples} of"
+            raise ConfigError(
+                f"the loss is the {found} over the batch ({largest.name}), but loss_reduction is "
+                f"{self._said!r}: norms would be {times} those of the samples' own gradients. Give "
+                f'loss_reduction="{found}", or {ADVICE[self._said]} the loss over the batch'
+            )
+        if self._said == "mean":
+            self._judge_divisors(terms)
+
+    def _judge_divisors(self, terms: list[Term]) -> None:
+        divided = [term for term in terms if hasattr(term.node, "_saved_total_weight")]
+        # To look at what is not on the CPU is to wait for it: once.
+        whys = [why for term in divided if not (self._looked and term.on_device) and (why := _divisor(term))]
+        self._looked |= bool(divided)
+        if not whys:
+            return
+        reason = f"the loss is a mean that divides by {whys[0]}, which depends on the whole batch"
+        advice = 'use reduction="sum" in the loss and loss_reduction="sum"'
+        if self._strict:
+            raise ConfigError(
+                f"{reason}: one sample would change what the others contribute, and no bound on it would "
+                f"hold. Instead {advice}"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{reason}, and not by the number of samples: norms are off by a factor, the same for all of "
+                f"a batch. For those of the samples' own losses {advice}",
+                stacklevel=2,
+            )
+
+
+ADVICE = {"mean": "average", "sum": "sum"}
+
+
+def _divisor(term: Term) -> str | None:
+    """Say what a mean divides by, if that is not in proportion to the number of samples."""
+    node, samples = term.node, term.output.samples
+    target, weight, total = node._saved_target, node._saved_weight, node._saved_total_weight
+    if term.reduction != "mean":
+        return None
+    if weight is not None:
+        return None if bool((weight == weight[:1]).all()) else "the weights of its targets' classes"
+    if total.item() == target.numel() or target.numel() % samples:
+        return None
+    counts = target != _signed(node._saved_ignore_index)
+    # of every sample as many, in whichever order the rows of N samples were flattened
+    for by_sample in (counts.reshape(samples, -1).sum(1), counts.reshape(-1, samples).sum(0)):
+        if bool((by_sample == by_sample[0]).all()):
+            return None
+    return f"the number of targets that are not ignored, {int(total)} of {target.numel()}"
+
+
+def _signed(index: int) -> int:
+    """Nodes hold negative numbers as unsigned ones of 64 bits."""
+    return index - (1 << 64) if index >> 63 else index
+
+
+def _look(roots: list[Tensor]) -> None:
+    """Judge the loss that these scalars add up to, by each model that it is of."""
+    by_check: dict[LossCheck, list[Term]] = {}
+    for root in roots:
+        try:
+            terms = terms_of(root.grad_fn)
+        except RuntimeError:  # freed by a backward pass before: which backward will tell
+            return
+        for term in terms:
+            check = term.output.check()
+            if check is not None:
+                by_check.setdefault(check, []).append(term)
+    for check, terms in by_check.items():
+        check.judge(terms)

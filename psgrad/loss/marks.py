@@ -1,0 +1,52 @@
+"""Marks on the autograd graph: which nodes made the output of a model that is captured."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from psgrad.loss.check import LossCheck
+
+__all__ = ["Output", "mark", "mark_of"]
+
+Node = Any
+KEY = "psgrad.loss"
+
+
+@dataclass(frozen=True)
+class Output:
+    """That a node made an output of a model, with N samples in axis 0.
+
+    Attributes
+    ----------
+    check
+        Of the handle that is attached to the model; it may be gone.
+    samples
+        N.
+
+    """
+
+    check: weakref.ref[LossCheck]
+    samples: int
+
+
+def mark(out: Any, check: LossCheck, samples: int, rows: int) -> None:
+    """Mark whatever made the tensors in `out` that have the batch, N samples in so many rows, in axis 0.
+
+    The marks live and die with the graph.
+    """
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None and leaf.shape[:1] == (rows,):
+            node: Node = leaf.grad_fn  # whose metadata is typed as a method
+            node.metadata[KEY] = Output(weakref.ref(check), samples)
+
+
+def mark_of(node: Node) -> Output | None:
+    """Return the mark of a node."""
+    found = node.metadata.get(KEY)
+    return found if isinstance(found, Output) else None
