@@ -16,7 +16,11 @@ class ShadowForward:
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         self.module = module
-        self.run = torch.compiler.disable(run)  # a compiled caller breaks its graph here
+        self.run = torch.compiler.disable(  # a compiled caller breaks its graph here
+            run,
+            reason=f"psgrad is attached to this {type(module).__name__} and runs it without compiling it: "
+            "compile without fullgraph=True, or give fullgraph=True to what holds no trainable parameter",
+        )
         self.shadowed = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

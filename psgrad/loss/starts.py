@@ -57,8 +57,13 @@ class _Backward:
     def __init__(self, backward: Callable[..., None], look: Look) -> None:
         functools.update_wrapper(self, backward)
         self._look = look
+        # A compiled function that calls backward would have what runs in it compiled as well.
+        self._run = torch.compiler.disable(self._look_and_run)
 
     def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        self._run(tensors, grad_tensors, *args, **kwargs)
+
+    def _look_and_run(self, tensors: Any, grad_tensors: Any, *args: Any, **kwargs: Any) -> None:
         if _watching:
             roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             given = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or ())
