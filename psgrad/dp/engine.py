@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from psgrad.clipping import ClipPerSample, as_style, check_loss_reduction
 from psgrad.dp.accounting import noise_multiplier_for
 from psgrad.dp.arguments import MaxGradNorm, expected_batch_size, refuse_distributed, style_of
+from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError, RefusedModelError
@@ -274,7 +275,11 @@ class PrivacyEngine:
         module_state_dict_kwargs: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Write the states of the module, the accountant and what else is given, under Opacus's keys."""
+        """Write the states of the module, the accountant and what else is given, under Opacus's keys.
+
+        Opacus loads it too, if `module_state_dict_kwargs={"prefix": "_module."}` names the parameters as
+        its `GradSampleModule` does.
+        """
         checkpoint = dict(checkpoint_dict or {})
         checkpoint["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
         checkpoint["privacy_accountant_state_dict"] = self.accountant.state_dict()
@@ -298,7 +303,7 @@ class PrivacyEngine:
         module_load_dict_kwargs: dict[str, Any] | None = None,
         torch_load_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Go on where `save_checkpoint` was called; return what it wrote.
+        """Go on where `save_checkpoint` was called, psgrad's or Opacus's; return what it wrote.
 
         Raises
         ------
@@ -321,10 +326,11 @@ class PrivacyEngine:
                     f"the checkpoint has {'a' if saved else 'no'} state of the {name}, which was "
                     f"{'not ' if saved else ''}asked for"
                 )
-        module.load_state_dict(checkpoint["module_state_dict"], **(module_load_dict_kwargs or {}))
+        states = from_opacus(checkpoint, module, optimizer)
+        module.load_state_dict(states["module_state_dict"], **(module_load_dict_kwargs or {}))
         for name, part in asked.items():
             if part is not None and name != "module":
-                part.load_state_dict(checkpoint[f"{name}_state_dict"])
+                part.load_state_dict(states[f"{name}_state_dict"])
         return checkpoint
 
     @staticmethod
