@@ -34,14 +34,14 @@ def attach(
 ) -> Attached:
     """Capture `module` for a consumer that takes a sample to have several gradients where it has.
 
-    A module that is several models at once has a method `per_sample_capture(consumer, rows_per_sample)`;
-    its contributions have `[K, N]` where those of `Capture` have `[N]`. The arguments and errors are those of
-    `Capture`.
+    A module that is several models at once has a method
+    `per_sample_capture(consumer, rows_per_sample, loss)`; its contributions have `[K, N]` where those of
+    `Capture` have `[N]`. The arguments and errors are those of `Capture`.
     """
     own = getattr(module, "per_sample_capture", None)
     if own is None:
         return Capture(module, consumer, rows_per_sample, loss)
-    return own(consumer, rows_per_sample)  # a loss of each member: what they add up to is not judged
+    return own(consumer, rows_per_sample, loss)
 
 
 def attach_repeatable(

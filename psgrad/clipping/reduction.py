@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from psgrad.errors import ConfigError
-from psgrad.per_sample import LossReduction, checked_reduction
+from psgrad.loss import LossReduction, checked_reduction
+from psgrad.loss.called import doubled
 
 __all__ = ["check_loss_reduction"]
 
@@ -66,9 +66,7 @@ def check_loss_reduction(
 def _called(criterion: Callable[..., Tensor], name: str, example: tuple[Tensor, ...]) -> str:
     if not example:
         raise ConfigError(f"{name} does not say its reduction: give an example to call it with")
-    with torch.no_grad():
-        once = criterion(*example)
-        twice = criterion(*(torch.cat([t, t]) for t in example))
+    once, twice = doubled(criterion, *example)
     if once.ndim or twice.ndim:
         return "none"
     if not once.isfinite() or not once:

@@ -19,6 +19,7 @@ from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
 from psgrad.ensemble.randomness import MemberRandomness, given_back, without_trace
 from psgrad.errors import ConfigError, MemberError, ShapeError
+from psgrad.loss import LossCheck, judge_member_loss
 
 __all__ = ["Ensemble", "Strategy"]
 
@@ -111,9 +112,11 @@ class Ensemble(nn.Module):
             raise MemberError(f"{len(seeds)} seeds for {len(modules)} modules")
         return cls(modules, MemberRandomness.of_seeds(seeds), strategy)
 
-    def per_sample_capture(self, consumer: Consumer, rows_per_sample: int) -> MemberCapture:
+    def per_sample_capture(
+        self, consumer: Consumer, rows_per_sample: int, loss: LossCheck | None = None
+    ) -> MemberCapture:
         """Capture every member's per-sample gradients: what `psgrad.capture.attach` asks for."""
-        return MemberCapture(self, consumer, rows_per_sample)
+        return MemberCapture(self, consumer, rows_per_sample, loss)
 
     @property
     def members(self) -> int:
@@ -185,6 +188,8 @@ class Ensemble(nn.Module):
         ------
         ShapeError
             If `fn` does not return a scalar, or as for `forward`.
+        ConfigError
+            If members are clipped, and `fn` is not the mean or the sum that was said.
 
         """
         inputs = x if isinstance(x, tuple) else (x,)
@@ -202,6 +207,7 @@ class Ensemble(nn.Module):
                 self.randomness,
             )
         outputs = self(*inputs, own=own)
+        judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ class LossCheck:
         self._said = loss_reduction
         self._strict = samples_must_not_mix
         self._warned = self._looked = False
+        self._last: object = None  # a member's loss
 
     def watch(self) -> None:
         """Look from now on."""
@@ -48,9 +49,31 @@ class LossCheck:
         """Look no more, and leave nothing behind. Twice is as good as once."""
         starts.unwatch(self)
 
-    def mark(self, out: Any, samples: int, rows: int) -> None:
-        """Take `out`, of N > 0 samples in so many rows, for what the losses are over."""
-        mark(out, self, samples, rows)
+    def mark(self, out: Any, samples: int, rows: int, members: tuple[int, ...] = ()) -> None:
+        """Take `out`, of N > 0 samples in so many rows, for what the losses are over; of (K,) members."""
+        mark(out, self, samples, rows, members)
+
+    def asks(self, loss: object, on_device: bool) -> bool:
+        """Whether a member's loss is to be called: another one than last, or the first that is to wait."""
+        last, self._last = self._last, loss
+        return last is None if on_device else last is not loss
+
+    def judge_reduction(self, found: LossReduction, samples: int, name: str) -> None:
+        """Raise if a loss over N samples is not what was said.
+
+        Raises
+        ------
+        ConfigError
+            As said, with what to do.
+
+        """
+        if found != self._said and samples > 1:
+            times = f"{samples} times" if found == "sum" else f"1/{samples} of"
+            raise ConfigError(
+                f"the loss is the {found} over the batch ({name}), but loss_reduction is {self._said!r}: "
+                f"norms would be {times} those of the samples' own gradients. Give "
+                f'loss_reduction="{found}", or {ADVICE[self._said]} the loss over the batch'
+            )
 
     def judge(self, terms: list[Term]) -> None:
         """Raise for the terms of a loss over N samples that are not what was said.
@@ -70,12 +93,7 @@ class LossCheck:
         # it must be clear which is nearer, and it is none of ours where one term is as was said.
         near = distance[found] <= math.log(3) and distance[self._said] - distance[found] > math.log(1.99)
         if near and not any(term.reduction == self._said and 0.5 <= term.scale <= 2 for term in terms):
-            times = f"{samples} times" if found == "sum" else f"1/{samples} of"
-            raise ConfigError(
-                f"the loss is the {found} over the batch ({largest.name}), but loss_reduction is "
-                f"{self._said!r}: norms would be {times} those of the samples' own gradients. Give "
-                f'loss_reduction="{found}", or {ADVICE[self._said]} the loss over the batch'
-            )
+            self.judge_reduction(found, samples, largest.name)
         if self._said == "mean":
             self._judge_divisors(terms)
 

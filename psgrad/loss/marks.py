@@ -28,22 +28,29 @@ class Output:
         Of the handle that is attached to the model; it may be gone.
     samples
         N.
+    members
+        () or, of an ensemble, (K,): what is in front of the batch.
 
     """
 
     check: weakref.ref[LossCheck]
     samples: int
+    members: tuple[int, ...] = ()
 
 
-def mark(out: Any, check: LossCheck, samples: int, rows: int) -> None:
-    """Mark whatever made the tensors in `out` that have the batch, N samples in so many rows, in axis 0.
+def mark(out: Any, check: LossCheck, samples: int, rows: int, members: tuple[int, ...] = ()) -> None:
+    """Mark whatever made the tensors in `out` that have the batch, N samples in so many rows, in front.
 
     The marks live and die with the graph.
     """
     for leaf in tree_leaves(out):
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None and leaf.shape[:1] == (rows,):
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.grad_fn is not None
+            and leaf.shape[: len(members) + 1] == (*members, rows)
+        ):
             node: Node = leaf.grad_fn  # whose metadata is typed as a method
-            node.metadata[KEY] = Output(weakref.ref(check), samples)
+            node.metadata[KEY] = Output(weakref.ref(check), samples, members)
 
 
 def mark_of(node: Node) -> Output | None:

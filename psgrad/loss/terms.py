@@ -139,7 +139,7 @@ def _output_of(nodes: list[Node]) -> Output | None:
         node, rows = waiting.pop()
         output = mark_of(node)
         if output is not None:
-            if rows % output.samples == 0:
+            if rows % output.samples == 0 and not output.members:
                 return output
             continue
         kept = _rows_kept(node)

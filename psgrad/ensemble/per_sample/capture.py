@@ -11,12 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture import Consumer, Contribution
 from psgrad.capture.recorder import not_captured, refuse_changed, trainable_of
+from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
 from psgrad.ensemble.per_sample.folded import FoldedCapture
 from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
 from psgrad.errors import RefusedModelError, ShapeError
 from psgrad.held import Held
+from psgrad.loss import LossCheck
 
 if TYPE_CHECKING:
     from psgrad.ensemble.ensemble import Ensemble
@@ -39,6 +41,8 @@ class MemberCapture:
         Is told.
     rows_per_sample
         The consecutive rows of a member's batch that make one sample.
+    loss
+        Judges the losses that `Ensemble.loss` is given, over what the ensemble returns.
 
     Raises
     ------
@@ -47,11 +51,19 @@ class MemberCapture:
 
     """
 
-    def __init__(self, ensemble: Ensemble, consumer: Consumer, rows_per_sample: int) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        consumer: Consumer,
+        rows_per_sample: int,
+        loss: LossCheck | None = None,
+    ) -> None:
         if (why := why_not_shadowed(ensemble)) is not None:
             raise RefusedModelError(f"no per-sample gradients for this ensemble: {why}")
         self._ensemble = ensemble
         self._consumer = consumer
+        self._loss = loss
+        self._rows_per_sample = rows_per_sample
         self._held = [Held() for _ in range(ensemble.members)]
         self._open: set[_Part] = set()  # what the present backward pass reached and has not ended
         self._samples: int | None = None
@@ -95,6 +107,14 @@ class MemberCapture:
         ensemble.check_own(inputs, own)
         self._check()
         refuse_mixing(ensemble.stacked)
+        out = self._run_members(inputs, own)
+        rows = first_rows(tuple(x[0] for x in inputs if isinstance(x, Tensor)) if own else inputs, {})
+        if self._loss is not None and rows:
+            self._loss.mark(out, rows // self._rows_per_sample, rows, (len(self._held),))
+        return out
+
+    def _run_members(self, inputs: tuple[Any, ...], own: bool) -> Any:
+        ensemble = self._ensemble
         graph = self._folded.graph_for(inputs, own, ensemble.members, ensemble.randomness)
         if not isinstance(graph, str):
             return self._folded.run(graph, inputs, own, ensemble.randomness)
