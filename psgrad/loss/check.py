@@ -86,11 +86,12 @@ class LossCheck:
         """
         samples = terms[0].output.samples
         largest = max(terms, key=lambda term: term.factor)
-        found: LossReduction = "sum" if self._said == "mean" else "mean"
+        found = largest.reduction
         expected = {"mean": 1 / samples, "sum": 1.0}
         distance = {reduction: abs(math.log(largest.factor / f)) for reduction, f in expected.items()}
         # A factor of 2 or 3 is as good as none (two losses added up, one weighted by 0.4); between N and 1
-        # it must be clear which is nearer, and it is none of ours where one term is as was said.
+        # it must be clear which is nearer. Sums over N are let pass, whatever was said: N may be a constant,
+        # the expected size of the batch, that a batch happens to have.
         near = distance[found] <= math.log(3) and distance[self._said] - distance[found] > math.log(1.99)
         if near and not any(term.reduction == self._said and 0.5 <= term.scale <= 2 for term in terms):
             self.judge_reduction(found, samples, largest.name)

@@ -65,10 +65,10 @@ class _Backward:
 
     def _look_and_run(self, tensors: Any, grad_tensors: Any, *args: Any, **kwargs: Any) -> None:
         if _watching:
-            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            given = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or ())
+            roots = tensors if isinstance(tensors, (list, tuple)) else [tensors]
+            given = grad_tensors if isinstance(grad_tensors, (list, tuple)) else [grad_tensors]
             if all(g is None for g in given) and all(isinstance(r, Tensor) and r.grad_fn for r in roots):
-                self._look(roots)
+                self._look(list(roots))
         else:
             with _lock:
                 _restore_if_unwatched()  # the last who looked is gone

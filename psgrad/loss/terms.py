@@ -109,11 +109,11 @@ def terms_of(root: Node) -> list[Term]:
             reduction: LossReduction = "mean" if node._saved_reduction == 1 else "sum"
             if (output := _output_of(below)) is not None:
                 terms.append(Term(reduction, scale, f'{name} with reduction="{reduction}"', node, output))
+        elif name in THROUGH or (name in REDUCTIONS and not node._saved_self_sym_sizes):  # of a scalar
+            waiting += [(child, scale) for child in below]
         elif name in REDUCTIONS and (not hasattr(node, "_saved_dim") or len(node._saved_self_sym_sizes) == 1):
             if (output := _output_of(below)) is not None:
                 terms.append(Term(REDUCTIONS[name], scale, f".{name.lower()}()", node, output))
-        elif name in THROUGH:
-            waiting += [(child, scale) for child in below]
         elif name in ("Mul", "Div") and (times := _scalar(node, name)) is not None:
             waiting += [(child, scale * times) for child in below]
     return terms
@@ -121,8 +121,9 @@ def terms_of(root: Node) -> list[Term]:
 
 @lru_cache
 def _name(kind: str) -> str:
-    """`NllLossBackward0` -> `NllLoss`."""
-    return re.sub(r"Backward\d*$", "", kind)
+    """`NllLossBackward0` -> `NllLoss`; "" for a function of one's own, which has no number."""
+    match = re.fullmatch(r"(\w+)Backward\d+", kind)
+    return match[1] if match else ""
 
 
 def _unweighted(node: Node) -> bool:

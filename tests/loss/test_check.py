@@ -54,8 +54,23 @@ FUNCTIONS = {
     ),
     "a constant": lambda z, r: 1.5 * F.mse_loss(z, VALUES, reduction=r),
     "a divisor": lambda z, r: F.mse_loss(z, VALUES, reduction=r) / 2,
+    "the mean of a scalar": lambda z, r: F.mse_loss(z, VALUES, reduction=r).mean(),
+    "the sum of a scalar": lambda z, r: F.mse_loss(z, VALUES, reduction=r).sum(),
 }
 """Other losses that are known for certain."""
+
+
+class Mul(torch.autograd.Function):
+    """Named as one of torch's own."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z / N
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / N
+
 
 OTHERS = {
     "batchmean": ("mean", lambda z: F.cross_entropy(z, CLASSES, reduction="sum") / N),
@@ -66,6 +81,9 @@ OTHERS = {
     ),
     "row after row": ("sum", lambda z: sum(F.mse_loss(z[i], VALUES[i]) for i in range(N))),
     "weights that add up to 1": ("mean", lambda z: (F.mse_loss(z, VALUES, reduction="none") / N).sum()),
+    "a constant divisor": ("sum", lambda z: F.cross_entropy(z, CLASSES, reduction="sum") / N),
+    "a constant factor": ("mean", lambda z: F.cross_entropy(z, CLASSES) * N),
+    "a function of one's own": ("mean", lambda z: Mul.apply(z).sum()),
     "a weight each": ("mean", lambda z: (z.square().sum(1) * torch.full((N,), 1 / N)).sum()),
     "class weights of 1/N": (
         "mean",
@@ -228,7 +246,10 @@ def test_the_handles_of_two_models_look_at_their_own_losses():
         with pytest.raises(ConfigError, match="is the mean"):
             F.mse_loss(other(x), VALUES).backward()
         with pytest.raises(ConfigError, match="is the sum"):
-            torch.autograd.backward([F.mse_loss(one(x), VALUES, reduction="sum")])
+            torch.autograd.backward(tensors=(F.mse_loss(one(x), VALUES, reduction="sum"),))
+        torch.autograd.backward(
+            F.mse_loss(m(x), VALUES, reduction=r) for m, r in ((one, "mean"), (other, "sum"))
+        )
 
 
 class TestDivisors:
