@@ -50,6 +50,11 @@ class GradNorms:
     ConfigError
         In `backward`, where the loss's graph shows that it is not the `loss_reduction` that was said.
 
+    Warns
+    -----
+    UserWarning
+        Once, where a mean divides by class weights or by the number of targets that are not ignored.
+
     Examples
     --------
     >>> with GradNorms(model) as monitor:                   # doctest: +SKIP

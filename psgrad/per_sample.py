@@ -44,6 +44,11 @@ class PerSampleGrads:
     ConfigError
         In `backward`, where the loss's graph shows that it is not the `loss_reduction` that was said.
 
+    Warns
+    -----
+    UserWarning
+        Once, where a mean divides by class weights or by the number of targets that are not ignored.
+
     Examples
     --------
     >>> handle = PerSampleGrads(model)                      # doctest: +SKIP
