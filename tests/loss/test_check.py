@@ -1,5 +1,6 @@
 """Backward refuses a loss that is not what `loss_reduction` says, and lets pass what it cannot know."""
 
+import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -154,19 +155,24 @@ def test_what_is_not_certain_passes(loss, wanted):
 
 @pytest.mark.parametrize(
     "attach",
-    [PerSampleGrads, GradNorms, lambda m: clip_per_sample(m, 1.0)],
-    ids=["PerSampleGrads", "GradNorms", "clip_per_sample"],
+    [
+        PerSampleGrads,
+        GradNorms,
+        lambda m: clip_per_sample(m, 1.0),
+        lambda m: clip_per_sample(m, 1.0, memory_budget=1),
+    ],
+    ids=["PerSampleGrads", "GradNorms", "clip_per_sample", "clip_per_sample in two passes"],
 )
 def test_every_handle_looks_and_the_next_step_is_as_ever(attach):
-    model, plain = nn.Linear(5, C), nn.Linear(5, C)
-    plain.load_state_dict(model.state_dict())
-    x = torch.randn(N, 5)
-    with attach(model):
+    model, x = nn.Linear(5, C), torch.randn(N, 5)
+    other = copy.deepcopy(model)
+    with attach(model), attach(other):
         loss = F.mse_loss(model(x), VALUES, reduction="sum")
         with pytest.raises(ConfigError, match="12 times"):
             loss.backward()
-        F.mse_loss(model(x), VALUES).backward()
-    assert model.weight.grad is not None
+        for m in (model, other):
+            F.mse_loss(m(x), VALUES).backward()
+    torch.testing.assert_close(model.weight.grad, other.weight.grad, rtol=0, atol=0)
 
 
 class Tokens(nn.Module):
