@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from psgrad.conv.budget import check_budget, sample_bytes
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel
 from psgrad.conv.measured import measure
 from psgrad.conv.planner import Plan, choose
-from psgrad.conv.problem import WeightGradProblem, normalise
+from psgrad.conv.problem import WeightGradProblem, problem_of
 from psgrad.conv.strategies import STRATEGIES, Strategy, Verb
-from psgrad.errors import StrategyError
+from psgrad.errors import ConfigError, StrategyError
 
-__all__ = ["check_strategy", "plan", "resolve"]
+__all__ = ["check_strategy", "plan", "plan_within", "resolve"]
 
 PLANNED: dict[str, Callable[[WeightGradProblem, Verb], Plan]] = {"auto": choose, "measure": measure}
 """Names that stand for a choice: by cost, and by timing once."""
@@ -29,14 +31,19 @@ def plan(
     *,
     strategy: str = "auto",
     rows_per_sample: int = 1,
+    memory_budget: int | None = None,
 ) -> Plan:
     """Say which strategy `weight_grads` ("grads") or `weight_grad_sq_norms` ("sq_norms") would take.
 
     Takes the arguments of these functions; reads shapes only. The same problem gives the same plan. With
-    strategy="measure" the candidates are timed, the first time a machine meets the problem.
+    strategy="measure" the candidates are timed, the first time a machine meets the problem. With a
+    memory_budget, those are left out of which a single sample takes more.
 
     Raises
     ------
+    ConfigError
+        If the memory_budget is no positive int, or too small for every strategy: the message has the
+        smallest that would do.
     ShapeError
         If the shapes do not fit.
     StrategyError
@@ -47,9 +54,76 @@ def plan(
         raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
     if strategy not in PLANNED:
         raise StrategyError(f"strategy {strategy!r} leaves nothing to plan: use {' or '.join(PLANNED)}")
-    problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2]
+    problem = problem_of(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if memory_budget is not None:
+        return plan_within(memory_budget, strategy, problem, verb)
     live = live_kernel(problem)
     return PLANNED[strategy](problem if live is None else live.problem, verb)
+
+
+def plan_within(memory_budget: int, strategy: str, problem: WeightGradProblem, verb: Verb) -> Plan:
+    """Plan a normalised problem so that temporaries stay within a budget, a few samples at a time if need be.
+
+    Parameters
+    ----------
+    memory_budget
+        In bytes.
+    strategy
+        "auto", or a name.
+    problem
+        Before it is cropped to what is alive.
+    verb
+        "grads" or "sq_norms".
+
+    Raises
+    ------
+    ConfigError
+        If the budget is no positive int; if it is too small for the strategy, or under "auto" for all:
+        the message has the smallest that would do; if strategy is "measure", which times whole batches.
+    StrategyError
+        If there is no such strategy, or it was named and refuses.
+
+    """
+    check_budget(memory_budget)
+    if strategy == "measure":
+        raise ConfigError('strategy="measure" times whole batches, over any memory_budget: use "auto"')
+    live = live_kernel(problem)
+    inner = problem if live is None else live.problem
+    found = choose(inner, verb)
+    if strategy != "auto":
+        resolve(strategy, inner, verb)
+    if problem.samples == 0:
+        return found
+    every = {name: sample_bytes(STRATEGIES[name], problem, verb) for name in found.seconds}
+    asked = every if strategy == "auto" else {strategy: every[strategy]}
+    fits = [name for name, size in asked.items() if size <= memory_budget]
+    if not fits:
+        least = min(every, key=lambda name: every[name])
+        who = (
+            "every strategy"
+            if strategy == "auto"
+            else f"strategy {strategy!r}, which takes {every[strategy]},"
+        )
+        raise ConfigError(
+            f"memory_budget={memory_budget} bytes is too small for {who} to make {verb} of weight "
+            f"{problem.weight_shape} of one sample; the smallest that would do is {every[least]}, "
+            f"with strategy {least!r}"
+        )
+    chosen = min(fits, key=lambda name: found.seconds[name])
+    over = {
+        name: f"one sample takes {size} bytes of temporaries, over the budget"
+        for name, size in every.items()
+        if size > memory_budget
+    }
+    return replace(
+        found,
+        chosen=chosen,
+        seconds={name: s for name, s in found.seconds.items() if name not in over},
+        costs={name: cost for name, cost in found.costs.items() if name not in over},
+        refusals=found.refusals | over,
+        memory_budget=memory_budget,
+        at_once=min(problem.samples, memory_budget // every[chosen]),
+    )
 
 
 def check_strategy(name: str) -> None:

@@ -58,6 +58,10 @@ class Plan:
         Their costs.
     refusals
         Why each of the others cannot.
+    memory_budget
+        Bytes that temporaries may take; None for no limit.
+    at_once
+        Samples taken at a time under that budget; None for all of them.
 
     """
 
@@ -67,6 +71,8 @@ class Plan:
     seconds: dict[str, float]
     costs: dict[str, Cost]
     refusals: dict[str, str]
+    memory_budget: int | None = None
+    at_once: int | None = None
 
     def __str__(self) -> str:
         """One line for the problem, one per strategy."""
@@ -76,6 +82,8 @@ class Plan:
             f"O={p.out_per_group} I={p.in_per_group} kernel={p.geometry.kernel_size} T={p.output_size} "
             f"{p.dtype} on {p.device}"
         )
+        if self.at_once is not None:
+            head += f", {self.at_once} samples at a time within {self.memory_budget} bytes"
         lines = [head]
         for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1]):
             cost = self.costs[name]

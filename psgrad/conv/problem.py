@@ -18,7 +18,7 @@ from torch import Tensor
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.errors import ShapeError
 
-__all__ = ["WeightGradProblem", "normalise"]
+__all__ = ["WeightGradProblem", "normalise", "problem_of"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,29 @@ def normalise(
         If anything does not fit; the message has the shapes.
 
     """
-    form = _normal_form(
+    form = _form_of(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if geometry.transposed:
+        x, grad_output = grad_output, x
+    for ends in (form.pad, form.cut):  # the cut may be longer than x itself: it comes second
+        x = F.pad(x, ends) if ends is not None else x
+    return x, grad_output, form.problem
+
+
+def problem_of(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    rows_per_sample: int = 1,
+) -> WeightGradProblem:
+    """Return what `normalise` would, the problem alone: shapes are read, nothing is copied."""
+    return _form_of(x, grad_output, weight_shape, geometry, rows_per_sample).problem
+
+
+def _form_of(
+    x: Tensor, grad_output: Tensor, weight_shape: Sequence[int], geometry: ConvGeometry, rows_per_sample: int
+) -> _NormalForm:
+    return _normal_form(
         tuple(x.shape),
         tuple(grad_output.shape),
         tuple(weight_shape),
@@ -142,11 +164,6 @@ def normalise(
         (x.dtype, x.device),
         (grad_output.dtype, grad_output.device),
     )
-    if geometry.transposed:
-        x, grad_output = grad_output, x
-    for ends in (form.pad, form.cut):  # the cut may be longer than x itself: it comes second
-        x = F.pad(x, ends) if ends is not None else x
-    return x, grad_output, form.problem
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from psgrad.conv.choice import resolve
+from psgrad.conv.choice import plan_within, resolve
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.planner import choose, keep_is_faster
-from psgrad.conv.problem import WeightGradProblem, normalise
+from psgrad.conv.problem import WeightGradProblem, normalise, problem_of
 from psgrad.conv.scratch import scratch_like
-from psgrad.conv.strategies import STRATEGIES
+from psgrad.conv.strategies import STRATEGIES, Verb
+from psgrad.conv.strategies.base import chunks
 from psgrad.errors import ShapeError
 
 __all__ = [
@@ -35,6 +36,7 @@ def weight_grads(
     strategy: str = "auto",
     *,
     rows_per_sample: int = 1,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Compute the weight gradient of every sample.
 
@@ -53,6 +55,10 @@ def weight_grads(
         the problem, or a name of `psgrad.conv.strategies.STRATEGIES`.
     rows_per_sample
         K, the consecutive rows of the batch that make one sample.
+    memory_budget
+        Bytes that temporaries may take beside the result, None for no limit: samples are then taken so
+        many at a time, by the fastest strategy that can. Counted is what this call makes, on a CPU with
+        what its libraries make within it (blocks of up to 4 MiB that earlier calls left are not).
 
     Returns
     -------
@@ -62,12 +68,17 @@ def weight_grads(
 
     Raises
     ------
+    ConfigError
+        If the memory_budget is no positive int, or too small: the message has the smallest that would do.
     ShapeError
         If the shapes do not fit.
     StrategyError
         If the strategy does not exist or refuses.
 
     """
+    if memory_budget is not None:
+        operands = x, grad_output, weight_shape, geometry
+        return _within_budget(weight_grads, "grads", memory_budget, operands, strategy, rows_per_sample)
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
     live = live_kernel(problem)
     if live is None:
@@ -103,6 +114,7 @@ def weight_grad_sq_norms(
     strategy: str = "auto",
     *,
     rows_per_sample: int = 1,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Compute the squared L2 norm of every sample's weight gradient, never all gradients at once.
 
@@ -114,11 +126,41 @@ def weight_grad_sq_norms(
         `[N]`, float64 for float64 operands and float32 for all others.
 
     """
+    if memory_budget is not None:
+        operands = x, grad_output, weight_shape, geometry
+        return _within_budget(
+            weight_grad_sq_norms, "sq_norms", memory_budget, operands, strategy, rows_per_sample
+        )
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
     live = live_kernel(problem)
     if live is not None:
         x, problem = live.crop(x), live.problem
     return resolve(strategy, problem, "sq_norms").sq_norms(x, grad_output, problem)
+
+
+def _within_budget(
+    compute: Callable[..., Tensor],
+    verb: Verb,
+    memory_budget: int,
+    operands: tuple[Tensor, Tensor, Sequence[int], ConvGeometry],
+    strategy: str,
+    rows_per_sample: int,
+) -> Tensor:
+    """Compute a verb of so many samples at a time as the budget takes."""
+    x, grad_output, *shape = operands
+    problem = problem_of(*operands, rows_per_sample)
+    found = plan_within(memory_budget, strategy, problem, verb)
+    if found.at_once is None or found.at_once >= problem.samples:
+        return compute(*operands, found.chosen, rows_per_sample=rows_per_sample)
+    result: Tensor | None = None
+    for _, rows, here in chunks(problem, found.at_once):
+        part = compute(x[rows], grad_output[rows], *shape, found.chosen, rows_per_sample=rows_per_sample)
+        if result is None:
+            result = part.new_empty(problem.samples, *part.shape[1:])
+        result[here] = part
+        del part  # before the next is made
+    assert result is not None
+    return result
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+"""Memory budgets: the most bytes of temporaries that a strategy makes for a sample."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from psgrad.conv.live import live_kernel
+from psgrad.conv.numerics import accumulation_dtype
+from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.strategies import Strategy, Verb
+from psgrad.conv.strategies.base import with_samples
+from psgrad.errors import ConfigError
+
+__all__ = ["check_budget", "sample_bytes"]
+
+BLOCK = 16
+"""Channels that a backend's layout rounds up to, in every group."""
+
+
+def check_budget(memory_budget: int) -> None:
+    """See that a budget is a positive number of bytes.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+
+    """
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
+        raise ConfigError(
+            f"memory_budget={memory_budget!r}: give a positive int, in bytes, or None for no limit"
+        )
+
+
+def sample_bytes(strategy: Strategy, problem: WeightGradProblem, verb: Verb) -> int:
+    """Most bytes of temporaries for one sample: n samples together take at most n times as much.
+
+    An upper bound that the tests hold against measured peaks. Whatever a library may make within a call
+    (operands in blocks of channels, in another dtype, unfolded) is counted as if all were alive at once; on
+    CUDA a library's workspace is not counted.
+
+    Parameters
+    ----------
+    strategy
+        One that serves the problem.
+    problem
+        As `normalise` returns it, before it is cropped to what is alive.
+    verb
+        What is to be computed.
+
+    """
+    live = live_kernel(problem)
+    one = with_samples(problem if live is None else live.problem, 1)
+    wide = accumulation_dtype(problem.dtype).itemsize
+    # padded unevenly, then cropped; and the gradient with its zeros, before it is stored
+    door = problem.dtype.itemsize * 2 * _elements_of_x(problem, 1) + problem.gradient_bytes
+    gradient, operands = wide * one.weight_numel, wide * _operands(one, 1)
+    own = strategy.cost(one, verb).peak_bytes
+    if strategy.name == "gram":  # whose gradient is made only where a norm is computed again
+        return door + 2 * own + 2 * operands + 2 * gradient
+    if strategy.name == "triton":
+        return door + own + operands + 2 * gradient
+    unfolded = one.dtype.itemsize * one.groups * one.in_per_group * one.geometry.kernel_positions
+    unfolded *= one.rows_per_sample * one.positions
+    if strategy.name == "unfold":
+        copies = 2 if one.dtype.itemsize >= 4 else 3
+        return door + own + copies * unfolded + 2 * operands + 3 * gradient
+    blocks = one.groups * _up(one.out_per_group) * _up(one.in_per_group) * one.geometry.kernel_positions
+    # where a backend has no kernel of its own, it unfolds
+    unfolds = len(one.input_size) == 3 or one.dtype not in (torch.float32, torch.bfloat16)
+    unfolded = unfolded if unfolds else 0
+    return door + own + operands + wide * (_operands(one, BLOCK) + blocks) + unfolded + 3 * gradient
+
+
+def _elements_of_x(problem: WeightGradProblem, block: int) -> int:
+    """Of one sample's x with its padding, the channels of a group rounded up."""
+    p = problem
+    sizes = [size + sum(pair) for size, pair in zip(p.input_size, p.geometry.padding, strict=True)]
+    return p.groups * _up(p.in_per_group, block) * p.rows_per_sample * prod(sizes)
+
+
+def _operands(problem: WeightGradProblem, block: int) -> int:
+    """Elements of one sample's x and grad, the channels of a group rounded up."""
+    p = problem
+    grad = p.groups * _up(p.out_per_group, block) * p.rows_per_sample * p.positions
+    return _elements_of_x(p, block) + grad
+
+
+def _up(channels: int, block: int = BLOCK) -> int:
+    return -(-channels // block) * block
