@@ -8,12 +8,13 @@ import torch
 
 from psgrad.conv.live import live_kernel
 from psgrad.conv.numerics import accumulation_dtype
+from psgrad.conv.ordinary import as_product
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import Strategy, Verb
 from psgrad.conv.strategies.base import with_samples
 from psgrad.errors import ConfigError
 
-__all__ = ["check_budget", "sample_bytes"]
+__all__ = ["check_budget", "sample_bytes", "sum_bytes"]
 
 BLOCK = 16
 """Channels that a backend's layout rounds up to, in every group."""
@@ -62,16 +63,55 @@ def sample_bytes(strategy: Strategy, problem: WeightGradProblem, verb: Verb) -> 
         return door + 2 * own + 2 * operands + 2 * gradient
     if strategy.name == "triton":
         return door + own + operands + 2 * gradient
-    unfolded = one.dtype.itemsize * one.groups * one.in_per_group * one.geometry.kernel_positions
-    unfolded *= one.rows_per_sample * one.positions
+    unfolded = _unfolded_bytes(one)
     if strategy.name == "unfold":
         copies = 2 if one.dtype.itemsize >= 4 else 3
         return door + own + copies * unfolded + 2 * operands + 3 * gradient
-    blocks = one.groups * _up(one.out_per_group) * _up(one.in_per_group) * one.geometry.kernel_positions
-    # where a backend has no kernel of its own, it unfolds
-    unfolds = len(one.input_size) == 3 or one.dtype not in (torch.float32, torch.bfloat16)
-    unfolded = unfolded if unfolds else 0
-    return door + own + operands + wide * (_operands(one, BLOCK) + blocks) + unfolded + 3 * gradient
+    unfolded = unfolded if _backend_unfolds(one) else 0
+    return door + own + operands + wide * (_operands(one, BLOCK) + _blocks(one)) + unfolded + 3 * gradient
+
+
+def sum_bytes(problem: WeightGradProblem, how: str) -> tuple[int, int]:
+    """Most bytes of temporaries of a weighted sum: whatever the number of samples, and for each of them.
+
+    Bounds like those of `sample_bytes`.
+
+    Parameters
+    ----------
+    problem
+        As `normalise` returns it, before it is cropped to what is alive.
+    how
+        "backend", "product" or "correlate".
+
+    """
+    one, wide = with_samples(problem, 1), accumulation_dtype(problem.dtype).itemsize
+    product = how == "product" or as_product(one) is not None  # pieces may be small enough for one
+    gradient = wide * one.weight_numel
+    # padded unevenly, cropped, times the factors, masked
+    each = one.dtype.itemsize * (2 * _elements_of_x(one, 1) + 3 * _operands(one, 1))
+    each += wide * (_operands(one, 1) + _operands(one, BLOCK))
+    if product or how == "correlate":
+        each += gradient
+    if product or _backend_unfolds(one):
+        each += 2 * _unfolded_bytes(one)
+    return 4 * gradient + wide * _blocks(one), each
+
+
+def _unfolded_bytes(problem: WeightGradProblem) -> int:
+    p = problem
+    window = p.groups * p.in_per_group * p.geometry.kernel_positions
+    return p.dtype.itemsize * window * p.rows_per_sample * p.positions
+
+
+def _backend_unfolds(problem: WeightGradProblem) -> bool:
+    """Whether a backend may have no kernel of its own."""
+    return len(problem.input_size) == 3 or problem.dtype not in (torch.float32, torch.bfloat16)
+
+
+def _blocks(problem: WeightGradProblem) -> int:
+    """Elements of the weight, the channels of a group rounded up."""
+    p = problem
+    return p.groups * _up(p.out_per_group) * _up(p.in_per_group) * p.geometry.kernel_positions
 
 
 def _elements_of_x(problem: WeightGradProblem, block: int) -> int:

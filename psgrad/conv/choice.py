@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from psgrad.conv.measured import measure
 from psgrad.conv.planner import Plan, choose
 from psgrad.conv.problem import WeightGradProblem, problem_of
 from psgrad.conv.strategies import STRATEGIES, Strategy, Verb
+from psgrad.conv.weighted import plan_sum
 from psgrad.errors import ConfigError, StrategyError
 
 __all__ = ["check_strategy", "plan", "plan_within", "resolve"]
@@ -27,13 +29,16 @@ def plan(
     grad_output: Tensor,
     weight_shape: Sequence[int],
     geometry: ConvGeometry,
-    verb: Verb,
+    verb: Verb | Literal["weighted_sum"],
     *,
     strategy: str = "auto",
     rows_per_sample: int = 1,
     memory_budget: int | None = None,
 ) -> Plan:
-    """Say which strategy `weight_grads` ("grads") or `weight_grad_sq_norms` ("sq_norms") would take.
+    """Say how `weight_grads` ("grads"), `weight_grad_sq_norms` or `weighted_weight_grad` would compute.
+
+    The verbs are "grads", "sq_norms" and "weighted_sum". The plan of a weighted sum also says whether
+    clipping takes it, after the norms, or keeps the gradients (`Plan.clipping`).
 
     Takes the arguments of these functions; reads shapes only. The same problem gives the same plan. With
     strategy="measure" the candidates are timed, the first time a machine meets the problem. With a
@@ -50,11 +55,17 @@ def plan(
         If the verb does not exist.
 
     """
-    if verb not in ("grads", "sq_norms"):
-        raise StrategyError(f'no verb {verb!r}: there are "grads" and "sq_norms"')
+    if verb not in ("grads", "sq_norms", "weighted_sum"):
+        raise StrategyError(f'no verb {verb!r}: there are "grads", "sq_norms" and "weighted_sum"')
     if strategy not in PLANNED:
         raise StrategyError(f"strategy {strategy!r} leaves nothing to plan: use {' or '.join(PLANNED)}")
     problem = problem_of(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if verb == "weighted_sum":
+        if strategy != "auto":
+            raise StrategyError(f"strategy={strategy!r}: the weighted sum is planned by rule, use 'auto'")
+        if memory_budget is not None:
+            check_budget(memory_budget)
+        return plan_sum(problem, memory_budget)
     if memory_budget is not None:
         return plan_within(memory_budget, strategy, problem, verb)
     live = live_kernel(problem)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from psgrad.conv.live import live_kernel
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 from psgrad.conv.strategies.base import operand_bytes, ordinary_slowdown
 
-__all__ = ["DeviceRates", "Plan", "choose", "keep_is_faster"]
+__all__ = ["ClippingChoice", "DeviceRates", "Plan", "choose", "clipping_choice", "seconds_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,46 @@ RATES = {
 
 
 @dataclass(frozen=True)
+class ClippingChoice:
+    """The two ways of clipping a layer, in estimated seconds: `print` shows which is faster, and why.
+
+    Attributes
+    ----------
+    grads, norms
+        The strategies that would make the gradients to keep, and the norms.
+    kept_bytes
+        Memory of the kept gradients.
+    keep
+        Seconds of making, squaring and adding up gradients that are kept.
+    norm, weighted
+        Seconds of the norms, and of one weighted sum after them.
+
+    """
+
+    grads: str
+    norms: str
+    kept_bytes: int
+    keep: float
+    norm: float
+    weighted: float
+
+    @property
+    def keeps(self) -> bool:
+        """Whether keeping the gradients is faster."""
+        return self.keep < self.norm + self.weighted
+
+    def __str__(self) -> str:
+        """Both ways in a line each, the faster one marked."""
+        keep, again = ("->", "  ") if self.keeps else ("  ", "->")
+        return (
+            f"{keep} clipping by keeping gradients about {1e3 * self.keep:.3g} ms: made by {self.grads},"
+            f" {self.kept_bytes / 1e6:.3g} MB kept, squared and added up\n"
+            f"{again} clipping by this sum again about {1e3 * (self.norm + self.weighted):.3g} ms:"
+            f" {1e3 * self.norm:.3g} ms for norms by {self.norms}, then the sum"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """A choice of strategy and the reasons for it. `print(plan)` shows both.
 
@@ -61,18 +102,21 @@ class Plan:
     memory_budget
         Bytes that temporaries may take; None for no limit.
     at_once
-        Samples taken at a time under that budget; None for all of them.
+        Samples taken at a time; None for all of them.
+    clipping
+        Of a weighted sum: whether clipping rather keeps gradients than takes norms and this sum.
 
     """
 
     chosen: str
-    verb: Verb
+    verb: Verb | Literal["weighted_sum"]
     problem: WeightGradProblem
     seconds: dict[str, float]
     costs: dict[str, Cost]
     refusals: dict[str, str]
     memory_budget: int | None = None
     at_once: int | None = None
+    clipping: ClippingChoice | None = None
 
     def __str__(self) -> str:
         """One line for the problem, one per strategy."""
@@ -83,7 +127,9 @@ class Plan:
             f"{p.dtype} on {p.device}"
         )
         if self.at_once is not None:
-            head += f", {self.at_once} samples at a time within {self.memory_budget} bytes"
+            head += f", {self.at_once} samples at a time"
+        if self.memory_budget is not None:
+            head += f" within {self.memory_budget} bytes"
         lines = [head]
         for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1]):
             cost = self.costs[name]
@@ -94,13 +140,14 @@ class Plan:
                 f" {cost.peak_bytes / 1e6:.3g} MB temporary"
             )
         lines += [f"   {name:8s} refused: {reason}" for name, reason in self.refusals.items()]
+        if self.clipping is not None:
+            lines.append(str(self.clipping))
         return "\n".join(lines)
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
     """Plan a normalised problem: the strategy of least estimated time among those that can serve it."""
-    rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
     seconds, costs, refusals = {}, {}, {}
     for name, strategy in STRATEGIES.items():
         reason = strategy.refusal(problem, verb)
@@ -109,9 +156,7 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
             continue
         cost = strategy.cost(problem, verb)
         costs[name] = cost
-        seconds[name] = (
-            cost.flops * cost.slowdown / rates.flops + cost.bytes / rates.bytes + cost.calls * rates.call
-        )
+        seconds[name] = seconds_of(cost, problem)
     chosen = min(seconds, key=lambda name: seconds[name])
     return Plan(chosen, verb, problem, seconds, costs, refusals)
 
@@ -123,14 +168,14 @@ FRESH_RATE = 3.5e9
 
 
 @lru_cache(maxsize=4096)
-def keep_is_faster(problem: WeightGradProblem) -> bool:
-    """Whether clipping should write this layer's per-sample gradients out and keep them.
+def clipping_choice(problem: WeightGradProblem) -> ClippingChoice:
+    """Estimate whether clipping should write this layer's per-sample gradients out and keep them.
 
     Clipping needs the norm of every sample's whole gradient before it can add any up. Either the
     gradients are made once, squared and later summed; or the norms are computed, x and the output's
-    gradient kept, and one ordinary weight gradient follows. True for the first, by estimated time.
+    gradient kept, and one ordinary weight gradient follows.
     """
-    rates = RATES["cuda" if problem.device.type == "cuda" else "cpu"]
+    rates = _rates(problem)
     result = problem.samples * problem.gradient_bytes
     live = live_kernel(problem)
     problem = problem if live is None else live.problem
@@ -141,4 +186,14 @@ def keep_is_faster(problem: WeightGradProblem) -> bool:
     operands = problem.samples * operand_bytes(problem)
     ordinary = problem.flops * ordinary_slowdown(problem) / rates.flops
     ordinary += 2 * operands / rates.bytes + 6 * rates.call  # g is scaled first, and both are read
-    return keep < norms.seconds[norms.chosen] + ordinary
+    return ClippingChoice(grads.chosen, norms.chosen, result, keep, norms.seconds[norms.chosen], ordinary)
+
+
+def seconds_of(cost: Cost, problem: WeightGradProblem) -> float:
+    """Estimated seconds on the problem's device."""
+    rates = _rates(problem)
+    return cost.flops * cost.slowdown / rates.flops + cost.bytes / rates.bytes + cost.calls * rates.call
+
+
+def _rates(problem: WeightGradProblem) -> DeviceRates:
+    return RATES["cuda" if problem.device.type == "cuda" else "cpu"]

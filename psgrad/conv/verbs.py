@@ -10,12 +10,11 @@ from torch import Tensor
 from psgrad.conv.choice import plan_within, resolve
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel
-from psgrad.conv.ordinary import ordinary_weight_grad
-from psgrad.conv.planner import choose, keep_is_faster
-from psgrad.conv.problem import WeightGradProblem, normalise, problem_of
-from psgrad.conv.scratch import scratch_like
-from psgrad.conv.strategies import STRATEGIES, Verb
+from psgrad.conv.planner import clipping_choice
+from psgrad.conv.problem import normalise, problem_of
+from psgrad.conv.strategies import Verb
 from psgrad.conv.strategies.base import chunks
+from psgrad.conv.weighted import weighted_sum
 from psgrad.errors import ShapeError
 
 __all__ = [
@@ -172,6 +171,7 @@ def weighted_weight_grad(
     factors: Tensor,
     *,
     rows_per_sample: int = 1,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Compute `sum_n factors[n] * grads[n]` at the price of one ordinary weight gradient.
 
@@ -179,7 +179,7 @@ def weighted_weight_grad(
 
     Parameters
     ----------
-    x, grad_output, weight_shape, geometry, rows_per_sample
+    x, grad_output, weight_shape, geometry, rows_per_sample, memory_budget
         As for `weight_grads`.
     factors
         `[N]`.
@@ -191,6 +191,8 @@ def weighted_weight_grad(
 
     Raises
     ------
+    ConfigError
+        If the memory_budget is no positive int, or too small: the message has the smallest that would do.
     ShapeError
         If the shapes do not fit.
 
@@ -200,41 +202,7 @@ def weighted_weight_grad(
         raise ShapeError(f"factors {tuple(factors.shape)} for {problem.samples} samples")
     if problem.samples == 0:
         return x.new_zeros(problem.weight_shape)
-    if x.is_cuda or not factors.eq(1).all():  # on CUDA, looking would cost a wait
-        x, grad_output = _weighted(x, grad_output, factors, problem)
-    # A dense layer's one position is a product, whose zeros cost less than to put them back.
-    dense = problem.positions == 1 and problem.groups == 1
-    live = None if dense else live_kernel(problem)
-    if live is None:
-        return _batch_weight_grad(x, grad_output, problem)
-    return live.embed(_batch_weight_grad(live.crop(x), grad_output, live.problem))
-
-
-def _weighted(
-    x: Tensor, grad_output: Tensor, factors: Tensor, problem: WeightGradProblem
-) -> tuple[Tensor, Tensor]:
-    """Multiply one of the operands by the factors, the smaller one: the gradient is linear in both."""
-    rows = factors.to(x.dtype)
-    if problem.rows_per_sample > 1:
-        rows = rows.repeat_interleave(problem.rows_per_sample)
-    rows = rows.reshape(-1, *(1,) * (x.ndim - 1))
-    if x.numel() < grad_output.numel():
-        x = torch.mul(x, rows, out=scratch_like("weighted", x))
-    else:
-        grad_output = torch.mul(grad_output, rows, out=scratch_like("weighted", grad_output))
-    # 0 * inf is not 0: both operands of a removed sample are masked.
-    if x.is_cuda or not factors.all():
-        removed = rows == 0
-        x, grad_output = x.masked_fill(removed, 0), grad_output.masked_fill(removed, 0)
-    return x, grad_output
-
-
-def _batch_weight_grad(x: Tensor, grad_output: Tensor, problem: WeightGradProblem) -> Tensor:
-    """Sum the gradients over the batch; some depthwise layers make them ten times faster than their sum."""
-    chosen = choose(problem, "grads").chosen
-    if chosen == "correlate":
-        return STRATEGIES[chosen].grads(x, grad_output, problem).sum(0)
-    return ordinary_weight_grad(x, grad_output, problem)
+    return weighted_sum(x, grad_output, problem, factors, memory_budget)
 
 
 def clipping_keeps_grads(
@@ -247,7 +215,7 @@ def clipping_keeps_grads(
 ) -> bool:
     """Whether clipping this layer is faster with its per-sample gradients written out and kept.
 
-    See `psgrad.conv.planner.keep_is_faster`. Arguments and errors are those of `weight_grads`; only
+    See `psgrad.conv.planner.clipping_choice`. Arguments and errors are those of `weight_grads`; only
     shapes are read.
     """
-    return keep_is_faster(normalise(x, grad_output, weight_shape, geometry, rows_per_sample)[2])
+    return clipping_choice(problem_of(x, grad_output, weight_shape, geometry, rows_per_sample)).keeps

@@ -6,8 +6,8 @@ A line is `layer | verb | strategy | budget | measured bytes beside the result`.
 import torch
 
 from psgrad.bench.memory import peak_bytes
-from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads
-from psgrad.conv.budget import sample_bytes
+from psgrad.conv import ConvGeometry, plan, weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv.budget import sample_bytes, sum_bytes
 from psgrad.conv.problem import problem_of
 from psgrad.conv.scratch import _blocks
 from psgrad.conv.strategies import STRATEGIES
@@ -42,6 +42,14 @@ def main() -> None:
         grad = torch.randn(SAMPLES, outputs, *out).to(dtype)
         arguments = (x, grad, (outputs, inputs // groups, *geometry.kernel_size), geometry)
         problem = problem_of(*arguments)
+        factors = torch.linspace(0, 1, SAMPLES)
+
+        def summed(x, grad, shape, geometry, _strategy, *, memory_budget, factors=factors):
+            return weighted_weight_grad(x, grad, shape, geometry, factors, memory_budget=memory_budget)
+
+        fixed, each = sum_bytes(problem, plan(*arguments, "weighted_sum").chosen)
+        for budget in (fixed + each, fixed + 4 * each):
+            measure(layer, "weighted_sum", "", budget, summed, arguments)
         for verb, compute in (("grads", weight_grads), ("sq_norms", weight_grad_sq_norms)):
             for name, strategy in STRATEGIES.items():
                 if strategy.refusal(problem, verb) is not None:
