@@ -11,7 +11,7 @@ from torch import Tensor
 from psgrad.conv.budget import check_budget, sum_bytes
 from psgrad.conv.live import LiveKernel, live_kernel
 from psgrad.conv.numerics import accumulation_dtype
-from psgrad.conv.ordinary import as_product, ordinary_weight_grad
+from psgrad.conv.ordinary import as_product, in_pieces, ordinary_weight_grad
 from psgrad.conv.planner import Plan, choose, clipping_choice, seconds_of
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.scratch import scratch_like
@@ -138,6 +138,8 @@ def _live(problem: WeightGradProblem) -> LiveKernel | None:
 
 def _fast_pieces(problem: WeightGradProblem) -> int:
     samples, one = problem.samples, operand_bytes(problem)
+    if as_product(problem) is in_pieces:  # which copies no more than a piece
+        return samples
     if problem.device.type == "cpu" and samples * one > WHOLE_BYTES:
         return max(1, PIECE_BYTES // one)
     return samples

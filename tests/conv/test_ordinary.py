@@ -54,6 +54,23 @@ def test_each_form_is_the_gradient_of_autograd(name, layout, rows, small, monkey
     torch.testing.assert_close(ordinary_weight_grad(x, g, problem), expected)
 
 
+@pytest.mark.parametrize("piece", [1, 1000, ordinary.PIECE_BYTES])
+@pytest.mark.parametrize("case", [(10, 5, 0, 1), (3, 1, 1, 2), (4, 2, 3, 1), (1, 3, 0, 1)])
+def test_one_channel_of_audio_is_unfolded_in_pieces(case, piece, monkeypatch):
+    monkeypatch.setattr(ordinary, "PIECE_BYTES", piece)
+    kernel, stride, padding, dilation = case
+    torch.manual_seed(0)
+    x = torch.randn(9, 1, 47, dtype=torch.float64)
+    weight = torch.randn(6, 1, kernel, dtype=torch.float64, requires_grad=True)
+    out = F.conv1d(x, weight, None, stride, padding, dilation)
+    g = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, weight, g)
+    geometry = ConvGeometry((kernel,), (stride,), (padding,), (dilation,))
+    x, g, problem = normalise(x, g, tuple(weight.shape), geometry)
+    assert as_product(problem) is ordinary.in_pieces
+    torch.testing.assert_close(ordinary_weight_grad(x, g, problem), expected)
+
+
 def test_every_form_has_a_case():
     assert {form for *_, form in CASES.values()} == {None, "_per_group", "_of_positions", "_row_by_row"}
 
