@@ -120,6 +120,8 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     slowdown = 2.0 if rank == 1 else 1.0
     if p.out_per_group < 8:
         return slowdown * (50.0 if p.out_per_group < 4 else 20.0)
+    if p.in_per_group == 8 and p.dtype.itemsize == 4:  # half a vector of them, and a kernel of its own
+        return 1.5 * slowdown
     if p.in_per_group < 16 and p.samples > 1:
         return slowdown * max(1.0, 192 / p.out_per_group)
     return slowdown * (2.0 if p.out_per_group < 16 else 1.0)
