@@ -76,7 +76,11 @@ def plan_sum(problem: WeightGradProblem, memory_budget: int | None = None) -> Pl
         clipping=clipping_choice(problem),
     )
     at_once = _at_once(problem, chosen, memory_budget)
-    return replace(found, at_once=at_once) if at_once < problem.samples else found
+    if at_once >= problem.samples:
+        return found
+    whole = costs[chosen]
+    piece = replace(whole, peak_bytes=whole.peak_bytes * at_once // problem.samples)
+    return replace(found, costs={chosen: piece}, at_once=at_once)
 
 
 def weighted_sum(
