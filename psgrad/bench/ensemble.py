@@ -1,159 +1,239 @@
-"""One row of the ensemble benchmark: K models at a batch size, every contender gated, then timed in turn."""
+"""One cell of the ensemble benchmark: K models at a batch size, every contender gated, then timed in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from math import inf
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch import Tensor
 
+from psgrad.bench.ensemble_fits import Fit, Make, loop, ours, stock_vmap
+from psgrad.bench.ensemble_models import MODELS, built
 from psgrad.bench.gate import Verdict
+from psgrad.bench.process_memory import peak_of_steps
 from psgrad.bench.timing import Measurement, interleave, on_cpu, on_cuda
-from psgrad.ensemble import SGD, Ensemble
+from psgrad.bench.two_processes import shares, two_processes
 
-__all__ = ["CONTENDERS", "LOOP", "EnsembleResult", "measure_ensemble"]
+__all__ = ["CONTENDERS", "LOOP", "Cell", "EnsembleResult", "measure_cell", "peak_memory"]
 
 LOOP = "loop"
 TOLERANCE = 1e-8
 """Largest difference after two steps in float64, of a member's parameters relative to their change."""
-RATE, MOMENTUM = 0.01, 0.9
+GATE_STEPS = 2
 
-Step = Callable[[Tensor, Tensor], None]
-Parameters = Callable[[int], list[Tensor]]
-"""Member k's parameters as they are now."""
+CONTENDERS: dict[str, Make] = {
+    "psgrad": ours,
+    "loop, foreach": partial(loop, foreach=True),
+    "loop, fused": partial(loop, fused=True),
+    "vmap": stock_vmap,
+    "two processes": two_processes,
+}
 
 
 @dataclass(frozen=True)
-class EnsembleResult:
-    """One contender on one model, K and N; its ratio is to the loop in the same round."""
+class Cell:
+    """K members of a model of `MODELS`, with N samples each."""
 
     model: str
     members: int
     batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.model} K={self.members} N={self.batch_size}"
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """One contender on one cell; its ratio is to the loop in the same round.
+
+    Attributes
+    ----------
+    error
+        After two steps in float64, the largest over members of `|found - truth| / |truth - start|`.
+    reason
+        Why there is no measurement, if there is none.
+    memory, loop_memory
+        Peak bytes of its training step and of the loop's; None where that was not measured.
+
+    """
+
+    cell: Cell
     contender: str
     error: float
     reason: str | None
     measurement: Measurement | None
+    memory: int | None = None
+    loop_memory: int | None = None
 
 
-def loop(models: list[nn.Module], **implementation: bool) -> tuple[Step, Parameters]:
-    """Plain PyTorch, member after member, with an implementation of its SGD."""
-    optimizers = [torch.optim.SGD(m.parameters(), RATE, MOMENTUM, **implementation) for m in models]
-
-    def step(x: Tensor, y: Tensor) -> None:
-        for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[k]), y[k]).backward()
-            optimizer.step()
-
-    return step, lambda k: list(models[k].parameters())
-
-
-def ours(models: list[nn.Module]) -> tuple[Step, Parameters]:
-    """`psgrad.ensemble` with its own optimizer."""
-    ens = Ensemble.from_modules(models)
-    optimizer = SGD(ens.parameters(), RATE, MOMENTUM)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        ens.loss(F.cross_entropy, x, y, own=True).sum().backward()
-        optimizer.step()
-
-    return step, lambda k: [p[k] for p in ens.parameters()]
-
-
-def stock_vmap(models: list[nn.Module]) -> tuple[Step, Parameters]:
-    """`torch.func`: stacked state, `vmap` of `grad`, torch's SGD over the stacked parameters."""
-    state: Any = stack_module_state(models)
-    parameters, buffers = state
-    optimizer = torch.optim.SGD(parameters.values(), RATE, MOMENTUM)
-
-    def loss(own: dict[str, Tensor], buffer: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(models[0], (own, buffer), (x,)), y)
-
-    gradients = vmap(grad(loss))
-
-    def step(x: Tensor, y: Tensor) -> None:
-        found = gradients({n: p.detach() for n, p in parameters.items()}, buffers, x, y)
-        for name, p in parameters.items():
-            p.grad = found[name]
-        optimizer.step()
-
-    return step, lambda k: [p[k] for p in parameters.values()]
-
-
-CONTENDERS: dict[str, Callable[[list[nn.Module]], tuple[Step, Parameters]]] = {
-    "psgrad": ours,
-    "loop, foreach": lambda models: loop(models, foreach=True),
-    "loop, fused": lambda models: loop(models, fused=True),
-    "vmap": stock_vmap,
-}
-
-
-def measure_ensemble(
-    name: str,
-    make: Callable[[], nn.Module],
-    image: tuple[int, ...],
-    members: int,
-    batch_size: int,
+def measure_cell(
+    cell: Cell,
     *,
     rounds: int,
+    seconds: float = inf,
+    memory: bool = False,
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
-) -> list[EnsembleResult]:
+) -> list[EnsembleResult] | str:
     """Gate every contender over two steps in float64, time those that are right against the loop in float32.
 
     In float32 the loop itself may be off by a percent after two steps: a BatchNorm or a pooling amplifies.
 
-    Empty when `stop` said yes before a round was finished.
+    Parameters
+    ----------
+    cell
+        What to measure.
+    rounds
+        At most, timed.
+    seconds
+        For the whole cell. A step that has begun is not cut off: what may be exceeded is one step, and one
+        round. A cell whose gate alone would take longer, from the loop's first step, is not begun.
+    memory
+        Also measure peak memory, while there is time.
+    device
+        "cpu" or "cuda".
+    stop
+        Asked before every contender and round.
+
+    Returns
+    -------
+    list[EnsembleResult] | str
+        Why nothing was measured, if not one round was finished.
+
     """
+    end = time.monotonic() + seconds
 
-    def built(dtype: torch.dtype) -> list[nn.Module]:
-        models: list[nn.Module] = []
-        for k in range(members):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(k)
-                models.append(make().to(device, dtype))
-        return models
-
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(members, batch_size, *image, generator=generator).to(device)
-    y = torch.randint(10, (members, batch_size), generator=generator).to(device)
-    start = [[p.detach() for p in model.parameters()] for model in built(torch.float64)]
-    truth_step, truth = loop(built(torch.float64))
-    for _ in range(2):
-        truth_step(x.double(), y)
-    verdicts: dict[str, Verdict] = {}
-    runs: dict[str, Callable[[], object]] = {}
-    for contender, maker in CONTENDERS.items():
+    def over() -> str | None:
         if stop():
-            return []
-        try:
-            step, parameters = maker(built(torch.float64))
-            for _ in range(2):
-                step(x.double(), y)
-            error = float(
-                torch.tensor([_error(parameters(k), truth(k), start[k]) for k in range(members)]).max()
-            )
-            verdicts[contender] = Verdict(error, None if error <= TOLERANCE else f"wrong by {error:.1e}")
-        except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
-            verdicts[contender] = Verdict(float("nan"), f"{type(err).__name__}: {str(err).splitlines()[:1]}")
-        if verdicts[contender].reason is None:
-            runs[contender] = partial(maker(built(torch.float32))[0], x, y)
-    floor, _ = loop(built(torch.float32))
-    watch = on_cuda if x.is_cuda else on_cpu
-    measured = interleave(runs, partial(floor, x, y), rounds=rounds, stopwatch=watch, stop=stop)
+            return "stopped"
+        return f"not done in {seconds:g} s" if time.monotonic() > end else None
+
+    make = MODELS[cell.model][0]
+    seeds = range(cell.members)
+    x, y = _batch(cell, seeds, device)
+    start = [[p.detach() for p in model.parameters()] for model in built(make, seeds, torch.float64, device)]
+    truth = loop(built(make, seeds, torch.float64, device))
+    began = time.monotonic()
+    truth.step(x.double(), y)
+    gate = (time.monotonic() - began) * GATE_STEPS * (1 + len(CONTENDERS))
+    if gate > seconds:
+        return f"the float64 check would take {gate:.0f} s of {seconds:g} s"
+    for _ in range(GATE_STEPS - 1):
+        truth.step(x.double(), y)
+    found: list[EnsembleResult] = []
+    runs: dict[str, Callable[[], object]] = {}
+    with ExitStack() as fits:
+        for contender, maker in CONTENDERS.items():
+            if (why := over()) is not None:
+                return why
+            verdict = _verdict(maker, cell, x, y, truth, start)
+            if verdict.reason is None:
+                fit = maker(built(make, seeds, torch.float32, device))
+                fits.callback(fit.close)
+                runs[contender] = partial(fit.step, x, y)
+            found.append(EnsembleResult(cell, contender, verdict.error, verdict.reason, None))
+        floor = loop(built(make, seeds, torch.float32, device))
+        measured = interleave(
+            runs,
+            partial(floor.step, x, y),
+            rounds=rounds,
+            stopwatch=on_cuda if x.is_cuda else on_cpu,
+            stop=lambda: over() is not None,
+        )
     if runs and not measured:
-        return []
-    return [
-        EnsembleResult(name, members, batch_size, who, v.error, v.reason, measured.get(who))
-        for who, v in verdicts.items()
+        return over() or "stopped"
+    found = [replace(result, measurement=measured.get(result.contender)) for result in found]
+    return _with_memory(found, device, over, end) if memory else found
+
+
+def peak_memory(cell: Cell, contender: str, *, device: str = "cpu", timeout: float = 120.0) -> int | None:
+    """Peak bytes of a training step, in a process of its own.
+
+    Of a contender with several processes it is the sum of theirs, each measured for itself; the interpreters
+    and imports of all are counted for nobody.
+
+    Parameters
+    ----------
+    cell, contender
+        Which; the contender may be `LOOP`.
+    device
+        "cpu" or "cuda".
+    timeout
+        Seconds for a process.
+
+    Returns
+    -------
+    int | None
+        None if a process failed, was killed for its memory, or took too long.
+
+    """
+    shared_out = contender in CONTENDERS and CONTENDERS[contender] is two_processes
+    parts = shares(cell.members) if shared_out else [range(cell.members)]
+    own = LOOP if shared_out else contender
+    peaks = [
+        peak_of_steps(
+            partial(_step, cell, own, seeds, device), preload=__name__, device=device, timeout=timeout
+        )
+        for seeds in parts
     ]
+    return sum(p for p in peaks if p is not None) if None not in peaks else None
+
+
+def _with_memory(
+    results: Iterable[EnsembleResult], device: str, over: Callable[[], str | None], end: float
+) -> list[EnsembleResult]:
+    """Measure the peak of everyone who was timed, until the time is over."""
+    known: dict[str, int | None] = {}
+
+    def peak(cell: Cell, contender: str) -> int | None:
+        if contender not in known:
+            left = min(120.0, end - time.monotonic())
+            known[contender] = (
+                None if over() else peak_memory(cell, contender, device=device, timeout=max(0.0, left))
+            )
+        return known[contender]
+
+    return [
+        replace(r, loop_memory=peak(r.cell, LOOP), memory=peak(r.cell, r.contender)) if r.measurement else r
+        for r in results
+    ]
+
+
+def _step(cell: Cell, contender: str, seeds: range, device: str) -> Callable[[], object]:
+    """Run in the child: build models of these seeds and their data, and return a step."""
+    models = built(MODELS[cell.model][0], seeds, torch.float32, device)
+    maker = loop if contender == LOOP else CONTENDERS[contender]
+    return partial(maker(models).step, *_batch(cell, seeds, device))
+
+
+def _batch(cell: Cell, seeds: range, device: str) -> tuple[Tensor, Tensor]:
+    """`x [K, N, ...]`, standard normal, and labels `[K, N]`."""
+    generator = torch.Generator().manual_seed(seeds.start)
+    shape = len(seeds), cell.batch_size
+    x = torch.randn(*shape, *MODELS[cell.model][1], generator=generator)
+    return x.to(device), torch.randint(10, shape, generator=generator).to(device)
+
+
+def _verdict(maker: Make, cell: Cell, x: Tensor, y: Tensor, truth: Fit, start: list[list[Tensor]]) -> Verdict:
+    """Whether a contender's members are, after steps in float64, where the loop's are."""
+    seeds = range(cell.members)
+    try:
+        fit = maker(built(MODELS[cell.model][0], seeds, torch.float64, x.device.type))
+        with ExitStack() as closing:
+            closing.callback(fit.close)
+            doubled = x.double()
+            for _ in range(GATE_STEPS):
+                fit.step(doubled, y)
+            errors = [_error(fit.parameters(k), truth.parameters(k), start[k]) for k in seeds]
+    except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
+        return Verdict(float("nan"), f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}")
+    error = float(torch.tensor(errors).max())
+    return Verdict(error, None if error <= TOLERANCE else f"wrong by {error:.1e}")
 
 
 @torch.no_grad()

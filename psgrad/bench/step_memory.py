@@ -1,24 +1,11 @@
-"""Peak memory of a training step, each in a process of its own, and the largest batch that fits.
-
-On a GPU it is what PyTorch's allocator had handed out at most. On the CPU it is the growth of the process's
-resident memory, from after the imports to the highest point of two steps: model, data, gradients,
-activations, and the scratch space of the libraries.
-"""
+"""Peak memory of a training step with clipping, and the largest batch that fits."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import resource
-import signal
-import sys
-import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
+from functools import partial
 
-import torch
-
+from psgrad.bench.process_memory import peak_of_steps
 from psgrad.bench.step_models import MODELS
 from psgrad.bench.step_peers import STEPPERS, NonPrivate, Stepper
 
@@ -27,7 +14,6 @@ __all__ = ["FLOOR", "largest_batch", "peak_memory"]
 FLOOR = ""
 """Name of the non-private step, where a contender's is asked for."""
 
-STEPS = 2  # the first of an optimizer may allocate less
 MAX_NORM = 1.0
 LARGEST_SEARCHED = 8192
 
@@ -54,22 +40,9 @@ def peak_memory(
         None if the process failed, was killed for its memory, or took too long.
 
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports once; every child is forked from there, unused
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_measure, args=(there, model, contender, batch_size, device), daemon=True
+    return peak_of_steps(
+        partial(_step, model, contender, batch_size, device), preload=__name__, device=device, timeout=timeout
     )
-    process.start()
-    there.close()
-    try:
-        return here.recv() if here.poll(timeout) else None
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
-        here.close()
 
 
 def largest_batch(fits: Callable[[int], bool], start: int = 16, most: int = LARGEST_SEARCHED) -> int | None:
@@ -104,50 +77,11 @@ def largest_batch(fits: Callable[[int], bool], start: int = 16, most: int = LARG
     return good or None
 
 
-def _measure(connection: Connection, model: str, contender: str, batch_size: int, device: str) -> None:
-    """Run in the child: send the peak, or None."""
-    warnings.simplefilter("ignore")  # the peers', once a process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    try:
-        before = _settle(device)
-        net = MODELS[model].seeded().to(device)
-        x, y = (t.to(device) for t in MODELS[model].batch(batch_size))
-        stepper: Stepper = (
-            NonPrivate(net) if contender == FLOOR else STEPPERS[contender](net, MAX_NORM, batch_size)
-        )
-        del net
-        for _ in range(STEPS):
-            stepper.step(x, y)
-        connection.send(max(1, _peak(device) - before))
-    except Exception:  # whatever it is, this contender has no number; why is the gate's to say
-        connection.send(None)
-
-
-def _settle(device: str) -> int:
-    """Bytes in use before anything is built, with the libraries awake."""
-    images = torch.zeros(1, 1, 4, 4, device=device)
-    torch.nn.functional.conv2d(images, torch.zeros(1, 1, 3, 3, device=device)).sum().item()
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    status = Path("/proc/self/clear_refs")
-    if status.exists():
-        status.write_text("5")  # Linux: the highest point so far is forgotten
-        return _resident("VmRSS")
-    return _peak(device)
-
-
-def _peak(device: str) -> int:
-    if device != "cpu":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    if Path("/proc/self/status").exists():
-        return _resident("VmHWM")
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+def _step(model: str, contender: str, batch_size: int, device: str) -> Callable[[], object]:
+    """Run in the child: build model, data and stepper, and return a step."""
+    net = MODELS[model].seeded().to(device)
+    x, y = (t.to(device) for t in MODELS[model].batch(batch_size))
+    stepper: Stepper = (
+        NonPrivate(net) if contender == FLOOR else STEPPERS[contender](net, MAX_NORM, batch_size)
+    )
+    return partial(stepper.step, x, y)

@@ -8,48 +8,68 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from psgrad import ConfigError
-from psgrad.bench import ensemble
+from psgrad.bench import ensemble, ensemble_report
 from recipes import bench_ensemble
 
 TINY = ["--models", "mlp", "--members", "2", "--batch-sizes", "2", "3", "--rounds", "1"]
 
 
+def record(folder: Path):
+    return json.loads((folder / "bench.json").read_text())
+
+
 def test_a_tiny_benchmark_from_end_to_end(tmp_path: Path) -> None:
     assert bench_ensemble.main([*TINY, "--largest-cell", "4", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert record["left_out"] == ["mlp K=2 N=3"]
-    assert {r["contender"]: r["reason"] for r in record["results"]} == dict.fromkeys(ensemble.CONTENDERS)
-    assert "asked: 0.98x" in (tmp_path / "bench.md").read_text()
+    found = record(tmp_path)
+    assert found["left_out"] == {"mlp K=2 N=3": "K times N is over 4"}
+    assert {r["contender"]: r["reason"] for r in found["results"]} == dict.fromkeys(ensemble.CONTENDERS)
+    assert all(r["memory"] > 0 and r["loop_memory"] > 0 for r in found["results"])
+    text = (tmp_path / "bench.md").read_text()
+    assert "asked: 0.98x" in text
+    assert "## Peak memory" in text
+    assert "- mlp K=2 N=3: K times N is over 4" in text
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_who_is_wrong_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(models: list[nn.Module]) -> tuple[ensemble.Step, ensemble.Parameters]:
-        step, parameters = ensemble.loop(models)
-        return (lambda x, y: step(1.1 * x, y)), parameters
-
-    monkeypatch.setitem(ensemble.CONTENDERS, "wrong", wrong)
-    found = ensemble.measure_ensemble("mlp", *bench_ensemble.MODELS["mlp"], 2, 3, rounds=1)
-    (result,) = [r for r in found if r.contender == "wrong"]
-    assert result.measurement is None
-    assert "wrong by" in (result.reason or "")
-
-
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = bench_ensemble.measure_ensemble
+    measure = bench_ensemble.measure_cell
 
     def interrupted(*args, **kwargs):
         results = measure(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGINT)
         return results
 
-    monkeypatch.setattr(bench_ensemble, "measure_ensemble", interrupted)
-    bench_ensemble.main([*TINY, "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "bench.json").read_text())["left_out"] == ["mlp K=2 N=3"]
+    monkeypatch.setattr(bench_ensemble, "measure_cell", interrupted)
+    bench_ensemble.main([*TINY, "--no-memory", "--out", str(tmp_path)])
+    assert record(tmp_path)["left_out"] == {"mlp K=2 N=3": "stopped"}
+
+
+def test_what_was_measured_is_written_before_the_next_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = bench_ensemble.measure_cell
+
+    def dies_in_the_second(cell, **kwargs):
+        if cell.batch_size == 3:
+            raise KeyboardInterrupt
+        return measure(cell, **kwargs)
+
+    monkeypatch.setattr(bench_ensemble, "measure_cell", dies_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        bench_ensemble.main([*TINY, "--no-memory", "--out", str(tmp_path)])
+    assert {r["cell"]["batch_size"] for r in record(tmp_path)["results"]} == {2}
+
+
+def test_a_cell_that_takes_too_long_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"mlp K=2 N=2: the float64 check would take .*; mlp K=2 N=3"):
+        bench_ensemble.main([*TINY, "--cell-seconds", "1e-9"])
+
+
+def test_a_run_that_takes_too_long_names_what_is_left() -> None:
+    with pytest.raises(ConfigError, match="mlp K=2 N=2: the 1e-09 minutes were over"):
+        bench_ensemble.main([*TINY, "--minutes", "1e-9"])
 
 
 def test_a_model_that_is_none_is_refused() -> None:
@@ -57,7 +77,9 @@ def test_a_model_that_is_none_is_refused() -> None:
         bench_ensemble.main(["--models", "mpl"])
 
 
-@pytest.mark.parametrize("name", bench_ensemble.MODELS)
-def test_models_take_their_data(name: str) -> None:
-    make, image = bench_ensemble.MODELS[name]
-    assert make()(torch.randn(2, *image)).shape == (2, 10)
+def test_a_report_of_who_was_wrong_names_the_reason(tmp_path: Path) -> None:
+    cell = ensemble.Cell("mlp", 2, 3)
+    wrong = ensemble.EnsembleResult(cell, "psgrad", 0.1, "wrong by 1.0e-01", None)
+    ensemble_report.write([wrong], {}, {}, tmp_path)
+    assert "wrong by 1.0e-01" in (tmp_path / "bench.md").read_text()
+    ensemble_report.draw([wrong], tmp_path / "bench.png")
