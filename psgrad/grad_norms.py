@@ -7,7 +7,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
-from psgrad.capture import Capture
+from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
@@ -32,7 +32,8 @@ class GradNorms:
     Parameters
     ----------
     module
-        The model.
+        The model, or a `psgrad.ensemble.Ensemble`: then every norm is of a member and a sample, `[K, N]`,
+        as if member k were alone, under the sum of the members' losses.
     loss_reduction
         How the loss combines the batch, "mean" or "sum". Norms are always those of a sample's own loss.
     rows_per_sample
@@ -70,7 +71,7 @@ class GradNorms:
         self._held = Held()
         self._seen: _Seen | None = None
         check = LossCheck(self._reduction, samples_must_not_mix=False)
-        self._capture = Capture(module, self, rows_per_sample, check)
+        self._capture = attach(module, self, rows_per_sample, check)
 
     @property
     def _last(self) -> _Seen:
@@ -80,7 +81,7 @@ class GradNorms:
 
     @property
     def per_layer(self) -> dict[str, Tensor]:
-        """Norms `[N]` over the parameters of each module, by module path, of the last backward pass.
+        """Norms `[N]`, or `[K, N]`, by module path over its parameters, of the last backward pass.
 
         Raises
         ------
@@ -92,12 +93,17 @@ class GradNorms:
 
     @property
     def norms(self) -> Tensor:
-        """Norms `[N]` over all trainable parameters, of the last backward pass; errors as `per_layer`."""
+        """Norms `[N]`, or `[K, N]`, over all trainable parameters, of the last backward pass.
+
+        Errors are those of `per_layer`.
+        """
         return self._last.norms
 
     @property
     def noise_scale(self) -> NoiseScale:
         """How noisy a sample's gradient is, of the last backward pass (McCandlish et al. 2018).
+
+        Of an ensemble, `[K]`: every member's.
 
         Raises
         ------
@@ -107,7 +113,7 @@ class GradNorms:
         """
         return noise_scale(self.norms, self._last.squared_norm_of_mean)
 
-    def outliers(self, factor: float = 3.5) -> Tensor:
+    def outliers(self, factor: float = 3.5, *, member: int | None = None) -> Tensor:
         """Return the samples of the last backward pass with unusually large norms.
 
         Parameters
@@ -115,6 +121,8 @@ class GradNorms:
         factor
             A norm is an outlier above `median + factor * 1.4826 MAD`, MAD the median absolute deviation:
             robust to up to half of the samples (Iglewicz and Hoaglin 1993, who use 3.5).
+        member
+            Whose samples, of an ensemble.
 
         Returns
         -------
@@ -124,10 +132,20 @@ class GradNorms:
         Raises
         ------
         ConfigError
-            If there was no backward pass, or the factor is negative.
+            If there was no backward pass, the factor is negative, or no member is named of an ensemble, or
+            one that does not exist.
 
         """
-        return outliers(self.norms, factor)
+        norms = self.norms
+        if norms.ndim == 1:
+            if member is not None:
+                raise ConfigError(f"member={member} is for an ensemble, and this is one model")
+            return outliers(norms, factor)
+        if member is None or not 0 <= member < len(norms):
+            raise ConfigError(
+                f"outliers are those of one member: give member=0 to {len(norms) - 1}, got {member}"
+            )
+        return outliers(norms[member], factor)
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
@@ -139,7 +157,7 @@ class GradNorms:
         sq_norms = self._held.sq_norms(self._held.paths())
         per_layer = {path: sq_norm.sqrt() for path, sq_norm in sq_norms.items()}
         norms = total_norms(sq_norms.values())
-        squared_norm = self._held.release_all()
+        squared_norm = self._held.release_all(norms)
         self._seen = _Seen(
             norms * samples if mean else norms,
             {path: layer * samples if mean else layer for path, layer in per_layer.items()},

@@ -132,21 +132,26 @@ class Held:
         for p, added in self._weighted_sums(factors).items():
             accumulate(p, added)
 
-    def release_all(self) -> Tensor:
+    def release_all(self, norms: Tensor) -> Tensor:
         """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
+
+        Parameters
+        ----------
+        norms
+            `[N]`, or `[K, N]` of an ensemble; of the shape alone is made use.
 
         Returns
         -------
         Tensor
-            The squared norm of all that was added, a scalar.
+            The squared norm of all that was added, a scalar, or of every member `[K]`.
 
         """
-        some = next(iter(self._where))
-        ones = torch.ones(self._where[some].samples, device=some.device)
-        sums = self._weighted_sums(dict.fromkeys(self._where, ones))
+        sums = self._weighted_sums(dict.fromkeys(self._where, torch.ones_like(norms)))
         for p, added in sums.items():
             accumulate(p, added)
-        return nn.utils.get_total_norm(sums.values()).square()
+        alone = norms.ndim == 1
+        by_parameter = [squared_norms(added.unsqueeze(0) if alone else added) for added in sums.values()]
+        return added_up(by_parameter).reshape(norms.shape[:-1])
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
         self.settle()

@@ -18,9 +18,9 @@ class NoiseScale:
     Attributes
     ----------
     trace
-        Scalar, an unbiased estimate of tr(Sigma), the summed variance of a sample's gradient.
+        Scalar, or `[K]`, an unbiased estimate of tr(Sigma), the summed variance of a sample's gradient.
     squared_norm
-        Scalar, an unbiased estimate of `|G|^2`, G the expected gradient; under 0 where noise drowns it.
+        As `trace`, an unbiased estimate of `|G|^2`, G the expected gradient; under 0 where noise drowns it.
 
     Average both over steps before dividing: the ratio of two unbiased estimates is biased.
 
@@ -48,9 +48,9 @@ def noise_scale(norms: Tensor, squared_norm_of_mean: Tensor) -> NoiseScale:
     Parameters
     ----------
     norms
-        `[N]`, N at least 2; what is not finite makes the estimates so.
+        `[N]`, or `[K, N]` of K models, N at least 2; what is not finite makes the estimates so.
     squared_norm_of_mean
-        Scalar, M.
+        Scalar, or `[K]`, M.
 
     Raises
     ------
@@ -58,10 +58,10 @@ def noise_scale(norms: Tensor, squared_norm_of_mean: Tensor) -> NoiseScale:
         If N is under 2.
 
     """
-    samples = len(norms)
+    samples = norms.shape[-1]
     if samples < 2:
         raise ConfigError(f"the noise of a gradient shows from two samples on, the batch had {samples}")
-    mean_of_squares = norms.square().mean()
+    mean_of_squares = norms.square().mean(-1)
     trace = (mean_of_squares - squared_norm_of_mean) * samples / (samples - 1)
     return NoiseScale(trace, mean_of_squares - trace)
 

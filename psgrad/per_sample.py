@@ -6,7 +6,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
-from psgrad.capture import Capture
+from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.loss import LossCheck, LossReduction, checked_reduction
 
@@ -19,7 +19,8 @@ class PerSampleGrads:
     Parameters
     ----------
     module
-        The model. While attached, `backward` does not add up parameter gradients itself.
+        The model, or a `psgrad.ensemble.Ensemble`. While attached, `backward` does not add up parameter
+        gradients itself.
     loss_reduction
         How the loss combines the batch, "mean" or "sum" over samples. Under "mean" the 1/N is undone:
         `p.grad_sample[n]` is the gradient of sample n's own loss.
@@ -33,6 +34,8 @@ class PerSampleGrads:
 
     - `p.grad_sample` is `[N, *p.shape]`, of p's dtype; an empty batch gives `[0, *p.shape]`. It is that
       of the last backward pass alone and is never added to; None where the loss does not depend on p.
+      Of an ensemble it is `[K, N, *shape]` for a stacked parameter `[K, *shape]`: member k's, as if it were
+      alone, under the sum of the members' losses.
     - `p.grad` has grown by the ordinary gradient, as without psgrad.
 
     A parameter used where it cannot be captured raises `CaptureError`, by name.
@@ -64,7 +67,7 @@ class PerSampleGrads:
         self._reduction = checked_reduction(loss_reduction)
         self._pending: dict[nn.Parameter, Tensor] = {}
         check = LossCheck(self._reduction, samples_must_not_mix=False)
-        self._capture = Capture(module, self, rows_per_sample, check)
+        self._capture = attach(module, self, rows_per_sample, check)
 
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
@@ -79,7 +82,7 @@ class PerSampleGrads:
                 p.grad_sample = None  # type: ignore[attr-defined]  # the documented result
                 continue
             grads = grads.to(p.dtype)
-            accumulate(p, grads.sum(0))
+            accumulate(p, grads.sum(self._capture.sample_axis))
             own = grads * samples if self._reduction == "mean" else grads
             p.grad_sample = own  # type: ignore[attr-defined]  # the documented result
 

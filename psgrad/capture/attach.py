@@ -25,6 +25,10 @@ class Attached(Protocol):
     def gradients_per_sample(self) -> int:
         """How many gradients a sample has: 1, or K where the module is K models on the same samples."""
 
+    @property
+    def sample_axis(self) -> int:
+        """Axis of the samples in contributions: 0 of `[N, *shape]`, 1 of an ensemble's `[K, N, *shape]`."""
+
     def remove(self) -> None:
         """Give the module back as it was."""
 

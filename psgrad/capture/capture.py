@@ -106,6 +106,7 @@ class Capture:
         return self._trainable
 
     gradients_per_sample = 1
+    sample_axis = 0
     """See `psgrad.capture.attach.Attached`."""
 
     @property

@@ -47,10 +47,10 @@ class Ensemble(nn.Module):
     """
 
     per_sample_refusal = (
-        "a sample has K gradients in an ensemble: clip_per_sample takes an ensemble itself, not a model with"
-        " one inside; for other handles fit ensemble.member(k) apart"
+        "a sample has K gradients in an ensemble: give the handle the ensemble itself, not a model with one"
+        " inside"
     )
-    """Why handles for one gradient a sample refuse an ensemble, and all of them a model with one inside."""
+    """Why handles refuse a model with an ensemble inside."""
 
     def __init__(
         self, modules: Sequence[nn.Module], randomness: MemberRandomness, strategy: Strategy = "auto"

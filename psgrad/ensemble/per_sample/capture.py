@@ -83,6 +83,9 @@ class MemberCapture:
         """K, the number of members."""
         return len(self._held)
 
+    sample_axis = 1
+    """Of the samples in contributions, `[K, N, *shape]`."""
+
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The stacked trainable parameters by path, each once; other ones than at first are refused."""
