@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from psgrad import ConfigError, MemberError, ShapeError
 from psgrad.ensemble import Ensemble
+from tests.ensemble.models import Silent
 
 
 def small() -> nn.Module:
@@ -248,3 +249,30 @@ def test_an_index_beyond_the_table_reaches_no_other_members_rows() -> None:
     with pytest.raises(IndexError):
         ens(torch.tensor([[-1, 0]]))
     assert ens(torch.tensor([[0, 3]])).shape == (3, 1, 2, 2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "folded"])
+def test_a_first_batch_without_samples_checks_nothing(strategy: str) -> None:
+    """`Silent` has a block without gradients, which its graph does not show: only the check finds it."""
+    ens = Ensemble.from_factory(Silent, range(2), strategy=strategy)
+    assert ens(torch.randn(0, 4)).shape[:2] == (2, 0)
+    assert "no sample" in str(ens.execution.last_plan.refusal)
+    ens.loss(lambda out, y: out.sum(), torch.randn(0, 4), torch.zeros(0)).sum().backward()
+    x = torch.randn(3, 4)
+    ens.zero_grad()
+    ens(x).sum().backward()
+    for k in range(2):
+        alone = ens.member(k)
+        alone(x).sum().backward()
+        for p, q in zip(ens.stacked.parameters(), alone.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None and q.grad is not None:
+                torch.testing.assert_close(p.grad[k], q.grad)
+
+
+def test_a_first_batch_without_samples_does_not_stop_folding() -> None:
+    ens = Ensemble.from_factory(lambda: nn.Linear(4, 3), range(4))
+    ens(torch.randn(0, 4))
+    ens(torch.randn(3, 4))
+    ens(torch.randn(3, 4))
+    assert ens.execution.last_plan.refusal is None
