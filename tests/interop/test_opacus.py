@@ -1,8 +1,6 @@
-"""psgrad inside of Opacus, against the loop over samples; and that uninstalling leaves no trace."""
+"""psgrad inside of Opacus, against the loop over samples."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,101 +12,29 @@ from opacus.grad_sample import (
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import (
     DPLossFastGradientClipping,
-    DPTensorFastGradientClipping,
 )
 from torch import nn
 
 from psgrad.conv import weighted_weight_grad as weighted
-from psgrad.errors import ConfigError, ShapeError
+from psgrad.errors import ShapeError
 from psgrad.interop import opacus
 from psgrad.layers import conv
+from tests.interop.opacus_cases import (
+    CONVOLUTIONS,
+    LAYOUTS,
+    RowLosses,
+    case,
+    clipped_one_by_one,
+    ghost,
+    opacus_grads,
+    small,
+)
 from tests.model_oracle import grads_one_by_one, squared_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
-IN = {1: (4, 11), 2: (4, 9, 8), 3: (4, 6, 5, 7)}
-CONVOLUTIONS = {
-    "1d, strided": (1, lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2)),
-    "1d, same, even kernel": (1, lambda: nn.Conv1d(4, 6, 4, padding="same", groups=2)),
-    "2d, strided groups": (2, lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2)),
-    "2d, valid, no bias": (2, lambda: nn.Conv2d(4, 6, 3, padding="valid", bias=False)),
-    "2d, dilated": (2, lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2)),
-    "2d, patches": (2, lambda: nn.Conv2d(4, 6, 2, stride=2)),
-    "2d, circular": (2, lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")),
-    "2d, reflect, same": (2, lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect")),
-    "3d, same": (3, lambda: nn.Conv3d(4, 6, 3, padding="same")),
-    "3d, replicate": (3, lambda: nn.Conv3d(4, 6, 2, padding=1, padding_mode="replicate")),
-    "1d transposed": (1, lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)),
-    "2d transposed, groups": (2, lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2)),
-    "3d transposed": (3, lambda: nn.ConvTranspose3d(4, 6, 2)),
-}
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "permuted": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
-}
-
-
-@pytest.fixture(autouse=True)
-def tables_as_they_were():
-    """No test leaves anything in Opacus."""
-    before = state()
-    yield
-    assert state() == before
-
-
-def state():
-    return (
-        list(GradSampleModule.GRAD_SAMPLERS.items()),
-        list(GradSampleModuleFastGradientClipping.NORM_SAMPLERS.items()),
-        DPTensorFastGradientClipping.__dict__["backward"],
-        GradSampleModule.rearrange_grad_samples,
-    )
-
-
-def case(name, layout="contiguous", dtype=torch.float64):
-    torch.manual_seed(0)
-    rank, make = CONVOLUTIONS[name]
-    return make().to(dtype), LAYOUTS[layout](torch.randn(5, *IN[rank], dtype=dtype))
-
-
-def opacus_grads(model, x, loss=squared_loss, **options):
-    engine = GradSampleModule(copy.deepcopy(model), **options)
-    loss(engine, x).backward()
-    return {name: p.grad_sample for name, p in engine._module.named_parameters() if p.requires_grad}
-
-
-def ghost(model, x, max_grad_norm, ghost_clipping=True, kind=GradSampleModuleFastGradientClipping):
-    """Per-sample norms and the clipped sum of Opacus's ghost mode."""
-    model = copy.deepcopy(model)
-    engine = kind(model, max_grad_norm=max_grad_norm, use_ghost_clipping=ghost_clipping)
-    optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(model.parameters(), lr=1.0),
-        noise_multiplier=0.0,
-        max_grad_norm=max_grad_norm,
-        expected_batch_size=len(x),
-    )
-    criterion = DPLossFastGradientClipping(engine, optimizer, RowLosses())
-    output = engine(x) if isinstance(engine, nn.Module) else model(x)
-    criterion(output).backward()
-    return engine.per_sample_gradient_norms, {name: p.grad for name, p in model.named_parameters()}
-
-
-class RowLosses(nn.Module):
-    """`squared_loss` before its mean over rows, for a criterion with a `reduction`."""
-
-    reduction = "mean"
-
-    def forward(self, out):
-        weights = torch.linspace(0.5, 1.5, out.shape[1:].numel(), dtype=out.dtype).reshape(out.shape[1:])
-        losses = (out.sin() * weights).flatten(1).sum(1)
-        return losses if self.reduction == "none" else losses.mean()
-
-
-def clipped_one_by_one(model, x, max_grad_norm):
-    grads = grads_one_by_one(model, squared_loss, (x,))
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
-    factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1)  # Opacus's
-    return norms, {name: torch.tensordot(factors, g, 1) for name, g in grads.items()}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.usefixtures("tables_as_they_were"),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -147,23 +73,6 @@ def test_psgrad_is_right_where_opacus_alone_is_wrong(name, layout, wrong_by):
     with opacus.use():
         assert error() < 1e-12
     assert error() > wrong_by
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular", bias=False)
-        self.norm = nn.GroupNorm(2, 8)
-        self.second = nn.Conv2d(8, 6, 3, stride=2)
-        self.head = nn.Linear(6 * 4 * 4, 5)
-
-    def forward(self, x):
-        return self.head(self.second(self.norm(self.first(x)).tanh()).relu().flatten(1))
-
-
-def small(samples=6):
-    torch.manual_seed(1)
-    return Small().double(), torch.randn(samples, 3, 9, 9, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", [GradSampleModuleFastGradientClipping, GradSampleHooksFastGradientClipping])
@@ -333,85 +242,3 @@ def test_an_input_without_a_batch_axis_is_refused():
     model, x = case("2d, dilated")
     with opacus.use(), pytest.raises(ShapeError, match=r"Conv2d\(4, 6.* 3 axes, a batch has 4"):
         opacus_grads(model, x[0], lambda m, x: m(x).sum())
-
-
-# ---- installing and uninstalling
-
-
-def test_modules_that_were_wrapped_before_take_part_at_once():
-    model, x = case("2d, circular")
-    expected = grads_one_by_one(model, squared_loss, (x,))["weight"]
-    engine = GradSampleModule(model)
-
-    def error():
-        engine.zero_grad()
-        squared_loss(engine, x).backward()
-        return (model.weight.grad_sample - expected).norm() / expected.norm()
-
-    assert error() > 0.1
-    with opacus.use():
-        assert error() < 1e-12
-    assert error() > 0.1
-
-
-def test_twice_is_as_good_as_once():
-    before = state()
-    opacus.install()
-    after = state()
-    opacus.install()
-    assert state() == after
-    opacus.uninstall()
-    assert state() == before
-    opacus.uninstall()
-    assert state() == before
-    assert not opacus.installed()
-
-
-def test_use_leaves_the_tables_as_they_were_after_an_exception():
-    before = state()
-
-    def fails_inside():
-        with opacus.use(opacus.EVERY_LAYER):
-            assert state() != before
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails_inside()
-    assert state() == before
-
-
-def test_use_inside_of_install_removes_only_what_it_added():
-    opacus.install()
-    inside = state()
-    with opacus.use(opacus.EVERY_LAYER):
-        assert opacus.installed() == set(opacus.EVERY_LAYER)
-    assert state() == inside
-    with opacus.use():
-        pass
-    assert opacus.installed() == set(opacus.CONVOLUTIONS)
-    opacus.uninstall()
-
-
-def test_what_others_registered_meanwhile_stays():
-    def theirs(layer, activations, backprops):
-        raise AssertionError
-
-    table = GradSampleModule.GRAD_SAMPLERS
-    own = table[nn.Conv1d]
-    with opacus.use():
-        table[nn.Conv1d] = theirs
-    assert table[nn.Conv1d] is theirs
-    table[nn.Conv1d] = own
-
-
-def test_a_layer_that_psgrad_does_not_take_over_is_refused():
-    with pytest.raises(ConfigError, match="not Embedding, BatchNorm2d"):
-        opacus.install([nn.Conv2d, nn.Embedding, nn.BatchNorm2d])
-    assert not opacus.installed()
-
-
-def test_the_example_of_the_documentation():
-    text = (Path(__file__).parents[2] / "docs" / "opacus.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "docs/opacus.md", "exec"), {"__name__": "__main__"})
-    assert not opacus.installed()
