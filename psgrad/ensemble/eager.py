@@ -41,7 +41,7 @@ def eager_losses(
     slots = Slots(stacked)
     trained = [t for t in slots.tensors if t.requires_grad]
     parts = {t: t.detach().unbind() for t in slots.tensors}
-    grads: list[list[Tensor | None]] = [[] for _ in trained]
+    gradients = _Gradients(len(trained), len(randomness.generators))
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
     for k in range(len(randomness.generators)):
@@ -60,22 +60,48 @@ def eager_losses(
                 if loss.requires_grad
                 else (None,) * len(wanted)
             )
-        for of_member, grad in zip(grads, found[: len(leaves)], strict=True):
-            of_member.append(grad)
+        gradients.put(k, found[: len(leaves)])
         for other, grad in zip(others, found[len(leaves) :], strict=True):
             if grad is not None:
                 foreign.setdefault(other, []).append((k, grad))
-    kept = [_stacked(of_member, t) for of_member, t in zip(grads, trained, strict=True)]
-    return _Losses.apply(torch.stack(losses), kept, list(foreign.values()), *trained, *foreign)
+        del found
+    return _Losses.apply(torch.stack(losses), gradients.stacked, list(foreign.values()), *trained, *foreign)
 
 
-def _stacked(grads: Sequence[Tensor | None], parameter: Tensor) -> Tensor | None:
-    """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
-    if all(grad is None for grad in grads):
-        return None
-    if len(grads) == 1 and grads[0] is not None:
-        return grads[0].unsqueeze(0)  # no copy
-    return torch.stack([torch.zeros_like(parameter[0]) if grad is None else grad for grad in grads])
+class _Gradients:
+    """Gradients of K members, stacked as they come.
+
+    Each is copied into its place at once, out of memory that the next member's then uses again: K of them
+    side by side until all are there would come from pages that nobody has touched, which costs more than
+    the copy.
+    """
+
+    def __init__(self, parameters: int, members: int) -> None:
+        self._members = members
+        self.stacked: list[Tensor | None] = [None] * parameters
+        """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
+
+    def put(self, k: int, grads: Sequence[Tensor | None]) -> None:
+        """Take member k's, whose turn is after member k - 1's; None counts as zero where others have one."""
+        places, found = [], []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if self._members == 1:
+                self.stacked[i] = grad.unsqueeze(0)  # no copy
+                continue
+            block = self.stacked[i]
+            if block is None:
+                block = self.stacked[i] = grad.new_empty(self._members, *grad.shape)
+                block[:k].zero_()
+            places.append(block[k])
+            found.append(grad)
+        if found:
+            torch._foreach_copy_(places, found)
+        if len(found) < len(grads):
+            for block, grad in zip(self.stacked, grads, strict=True):
+                if block is not None and grad is None:
+                    block[k].zero_()
 
 
 class _Losses(torch.autograd.Function):
@@ -100,6 +126,13 @@ class _Losses(torch.autograd.Function):
                 ' create_graph=True asks for more: build it with strategy="folded", or use ens(x)'
             )
         grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "backward through the losses of an ensemble a second time: the first time, say"
+                " retain_graph=True"
+            )
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.grads = None  # nobody else holds them, so they become .grad without a copy
         if not bool((above == 1).all()):
             grads = [
                 None if g is None else g * above.to(g.dtype).reshape(-1, *(1,) * (g.ndim - 1)) for g in grads

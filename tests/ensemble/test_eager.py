@@ -62,3 +62,55 @@ def test_without_gradients_nothing_is_differentiated() -> None:
     with torch.no_grad():
         losses = ens.loss(F.cross_entropy, torch.randn(6, 4), torch.randint(0, 3, (6,)))
     assert not losses.requires_grad
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_gradients_become_those_of_the_parameters_without_a_copy(members: int) -> None:
+    ens = Ensemble.from_factory(lambda: nn.Linear(4, 3), range(members), strategy="loop")
+    losses = ens.loss(F.cross_entropy, torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    ready = {grad.data_ptr() for grad in losses.grad_fn.grads}
+    losses.sum().backward()
+    assert {p.grad.data_ptr() for p in ens.parameters()} == ready
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        losses.sum().backward()
+
+
+def test_a_retained_graph_gives_the_gradients_again() -> None:
+    ens = Ensemble.from_factory(lambda: nn.Linear(4, 3), range(2), strategy="loop")
+    losses = ens.loss(F.cross_entropy, torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    losses.sum().backward(retain_graph=True)
+    once = [p.grad.clone() for p in ens.parameters()]
+    losses.sum().backward()
+    for p, grad in zip(ens.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * grad)
+
+
+class _Routed(nn.Module):
+    """Takes one of two layers, by the sign of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x) if self.gate > 0 else self.right(x)
+
+
+@pytest.mark.parametrize("right", [(0,), (1, 2), (2,), (0, 1, 2)])
+def test_a_parameter_that_some_members_do_not_use_has_zeros_there(right: tuple[int, ...]) -> None:
+    modules = [_Routed() for _ in range(3)]
+    for k in right:
+        modules[k].gate.data.neg_()
+    ens = Ensemble.from_modules(modules, strategy="loop")
+    x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)
+    ens.loss(F.cross_entropy, x, y).sum().backward()
+    for module in modules:
+        F.cross_entropy(module(x), y).backward()
+    for name, p in ens.stacked.named_parameters():
+        alone = [module.get_parameter(name).grad for module in modules]
+        if all(grad is None for grad in alone):
+            assert p.grad is None
+            continue
+        for k, grad in enumerate(alone):
+            torch.testing.assert_close(p.grad[k], torch.zeros_like(p[k]) if grad is None else grad)
