@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from psgrad import CaptureError, ConfigError, clip_per_sample
@@ -210,8 +211,8 @@ def test_a_backward_that_draws_random_numbers_draws_the_same_in_both_passes():
     torch.testing.assert_close(seen[1][1], seen[0][1])  # and what is drawn after is as ever
 
 
-def test_compiled_submodules(monkeypatch):
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+@functorch_config.patch(donated_buffer=False)
+def test_compiled_submodules():
     torch.manual_seed(0)
     inner = torch.compile(nn.Sequential(nn.Tanh(), nn.Softmax(1)), backend="aot_eager")
     model = nn.Sequential(nn.Linear(4, 5), inner, nn.Linear(5, 3)).double()
