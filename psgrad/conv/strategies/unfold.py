@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -94,8 +96,8 @@ def windows_are_faster(problem: WeightGradProblem) -> bool:
     """
     p, geometry = problem, problem.geometry
     assert geometry.kernel_size is not None
-    if not p.output_size or geometry.kernel_positions == 1 == max(geometry.stride):
-        return False  # nothing is copied
+    if geometry.kernel_positions < prod(geometry.stride) or geometry.kernel_positions == 1:
+        return False  # x would be brought channels last, of which only a part is read, or nothing copied
     whole_row = p.groups == 1 and geometry.dilation[-1] == 1
     piece = p.in_per_group * (geometry.kernel_size[-1] if whole_row else 1)
     return piece * geometry.stride[-1] >= p.output_size[-1]
