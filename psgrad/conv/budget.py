@@ -6,11 +6,11 @@ from math import prod
 
 import torch
 
-from psgrad.conv.live import live_kernel
+from psgrad.conv.live import live_kernel, worth_cropping
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.ordinary import as_product
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.strategies import Strategy, Verb
+from psgrad.conv.strategies import STRATEGIES, Strategy, Verb
 from psgrad.conv.strategies.base import with_samples
 from psgrad.errors import ConfigError
 
@@ -52,23 +52,26 @@ def sample_bytes(strategy: Strategy, problem: WeightGradProblem, verb: Verb) -> 
         What is to be computed.
 
     """
-    live = live_kernel(problem)
-    one = with_samples(problem if live is None else live.problem, 1)
-    wide = accumulation_dtype(problem.dtype).itemsize
+    live = live_kernel(problem) if verb == "sq_norms" else worth_cropping(problem, problem.samples)
     # padded unevenly, then cropped; and the gradient with its zeros, before it is stored
     door = problem.dtype.itemsize * 2 * _elements_of_x(problem, 1) + problem.gradient_bytes
+    return door + _strategy_bytes(strategy, with_samples(problem if live is None else live.problem, 1), verb)
+
+
+def _strategy_bytes(strategy: Strategy, one: WeightGradProblem, verb: Verb) -> int:
+    wide = accumulation_dtype(one.dtype).itemsize
     gradient, operands = wide * one.weight_numel, wide * _operands(one, 1)
     own = strategy.cost(one, verb).peak_bytes
     if strategy.name == "gram":  # whose gradient is made only where a norm is computed again
-        return door + 2 * own + 2 * operands + 2 * gradient
+        return 2 * own + 2 * operands + 2 * gradient
     if strategy.name == "triton":
-        return door + own + operands + 2 * gradient
+        return own + operands + 2 * gradient
     unfolded = _unfolded_bytes(one)
     if strategy.name == "unfold":
         copies = 2 if one.dtype.itemsize >= 4 else 3
-        return door + own + copies * unfolded + 2 * operands + 3 * gradient
+        return own + copies * unfolded + 2 * operands + 3 * gradient
     unfolded = unfolded if _backend_unfolds(one) else 0
-    return door + own + operands + wide * (_operands(one, BLOCK) + _blocks(one)) + unfolded + 3 * gradient
+    return own + operands + wide * (_operands(one, BLOCK) + _blocks(one)) + unfolded + 3 * gradient
 
 
 def sum_bytes(problem: WeightGradProblem, how: str) -> tuple[int, int]:
@@ -81,16 +84,19 @@ def sum_bytes(problem: WeightGradProblem, how: str) -> tuple[int, int]:
     problem
         As `normalise` returns it, before it is cropped to what is alive.
     how
-        "backend", "product" or "correlate".
+        "backend", "product", or the strategy whose gradients are added up.
 
     """
     one, wide = with_samples(problem, 1), accumulation_dtype(problem.dtype).itemsize
-    product = how == "product" or as_product(one) is not None  # pieces may be small enough for one
     gradient = wide * one.weight_numel
+    if how in STRATEGIES:  # cropped or not; without the samples that are removed
+        own = _strategy_bytes(STRATEGIES[how], one, "sq_norms")
+        return 4 * gradient, own + gradient + one.dtype.itemsize * 2 * _elements_of_x(one, 1)
+    product = how == "product" or as_product(one) is not None  # pieces may be small enough for one
     # padded unevenly, cropped, times the factors, masked
     each = one.dtype.itemsize * (2 * _elements_of_x(one, 1) + 3 * _operands(one, 1))
     each += wide * (_operands(one, 1) + _operands(one, BLOCK))
-    if product or how == "correlate":
+    if product:
         each += gradient
     if product or _backend_unfolds(one):
         each += 2 * _unfolded_bytes(one)

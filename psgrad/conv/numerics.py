@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "memory_order", "squared_norms"]
+__all__ = ["accumulation_dtype", "drop_removed", "memory_order", "per_row", "squared_norms", "weighted"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,3 +36,29 @@ def squared_norms(grads: Tensor) -> Tensor:
     pieces = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, PIECE)), dim=2, dtype=dtype)
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype)
     return pieces.square().sum(1) + rest.square()
+
+
+def weighted(factors: Tensor, grads: Tensor) -> Tensor:
+    """`sum_n factors[n] * grads[n]`: N, N.. -> ..; a factor of exactly 0 removes its sample."""
+    ordered = drop_removed(grads, factors).permute(0, *(order := memory_order(grads)))
+    total = (factors.to(grads.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
+    return total.permute([order.index(axis) for axis in range(1, grads.ndim)]).contiguous()
+
+
+def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:
+    """Put zeros in the rows of samples whose factor is 0: their values may be inf or NaN.
+
+    Where there are none, t itself. On CUDA nobody looks, which would make the host wait.
+    """
+    if not factors.is_cuda and factors.all():
+        return t
+    removed = per_row(factors == 0, t, rows_per_sample).bool()
+    return t.masked_fill(removed, 0)
+
+
+def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
+    """`[N]` -> `[(N K), 1, ..]`, in the dtype and rank of `like`."""
+    rows = per_sample.to(like.dtype)
+    if rows_per_sample > 1:
+        rows = rows.repeat_interleave(rows_per_sample)
+    return rows.reshape(-1, *(1,) * (like.ndim - 1))

@@ -120,6 +120,8 @@ def _row_by_row(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     rows = x.shape[0]
     by_row = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows)[:, 0].mT
     grad = grad.flatten(2)
+    if rows == 1:
+        return grad[0] @ by_row[0]
     if rows * problem.gradient_bytes <= SMALL_BYTES:
         return (grad @ by_row).sum(0)
     total = grad.new_zeros(problem.out_per_group, problem.in_per_group)

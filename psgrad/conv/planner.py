@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from psgrad.conv.live import live_kernel
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
-from psgrad.conv.strategies.base import operand_bytes, ordinary_slowdown
 
-__all__ = ["ClippingChoice", "DeviceRates", "Plan", "choose", "clipping_choice", "seconds_of"]
+__all__ = ["ClippingChoice", "DeviceRates", "Plan", "choose", "rates_of", "seconds_of"]
 
 
 @dataclass(frozen=True)
@@ -161,39 +159,12 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
     return Plan(chosen, verb, problem, seconds, costs, refusals)
 
 
-FRESH_BYTES = 10 * 2**20
-"""A layer's gradients on a CPU beyond this are taken to come from the system with pages never touched."""
-FRESH_RATE = 3.5e9
-"""Bytes/s at which such pages are touched for the first time."""
-
-
-@lru_cache(maxsize=4096)
-def clipping_choice(problem: WeightGradProblem) -> ClippingChoice:
-    """Estimate whether clipping should write this layer's per-sample gradients out and keep them.
-
-    Clipping needs the norm of every sample's whole gradient before it can add any up. Either the
-    gradients are made once, squared and later summed; or the norms are computed, x and the output's
-    gradient kept, and one ordinary weight gradient follows.
-    """
-    rates = _rates(problem)
-    result = problem.samples * problem.gradient_bytes
-    live = live_kernel(problem)
-    problem = problem if live is None else live.problem
-    grads, norms = choose(problem, "kept"), choose(problem, "sq_norms")
-    keep = grads.seconds[grads.chosen] + 2 * (result / rates.bytes + rates.call)
-    if problem.device.type != "cuda" and result > FRESH_BYTES:
-        keep += result / FRESH_RATE
-    operands = problem.samples * operand_bytes(problem)
-    ordinary = problem.flops * ordinary_slowdown(problem) / rates.flops
-    ordinary += 2 * operands / rates.bytes + 6 * rates.call  # g is scaled first, and both are read
-    return ClippingChoice(grads.chosen, norms.chosen, result, keep, norms.seconds[norms.chosen], ordinary)
-
-
 def seconds_of(cost: Cost, problem: WeightGradProblem) -> float:
     """Estimated seconds on the problem's device."""
-    rates = _rates(problem)
+    rates = rates_of(problem)
     return cost.flops * cost.slowdown / rates.flops + cost.bytes / rates.bytes + cost.calls * rates.call
 
 
-def _rates(problem: WeightGradProblem) -> DeviceRates:
+def rates_of(problem: WeightGradProblem) -> DeviceRates:
+    """Return the rates that costs are weighed with on the problem's device."""
     return RATES["cuda" if problem.device.type == "cuda" else "cpu"]

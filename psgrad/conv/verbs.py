@@ -9,11 +9,11 @@ from torch import Tensor
 
 from psgrad.conv.choice import plan_within, resolve
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.live import live_kernel
-from psgrad.conv.planner import clipping_choice
+from psgrad.conv.live import live_kernel, worth_cropping
 from psgrad.conv.problem import normalise, problem_of
 from psgrad.conv.strategies import Verb
 from psgrad.conv.strategies.base import chunks
+from psgrad.conv.sum_planner import clipping_choice
 from psgrad.conv.weighted import weighted_sum
 from psgrad.errors import ShapeError
 
@@ -79,7 +79,7 @@ def weight_grads(
         operands = x, grad_output, weight_shape, geometry
         return _within_budget(weight_grads, "grads", memory_budget, operands, strategy, rows_per_sample)
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
-    live = live_kernel(problem)
+    live = worth_cropping(problem, problem.samples)
     if live is None:
         return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
     grads = resolve(strategy, live.problem, "grads").grads(live.crop(x), grad_output, live.problem)
@@ -97,7 +97,7 @@ def kept_weight_grads(
 ) -> Tensor:
     """As `weight_grads`, dense, but in any order of the axes in memory: for who only squares and sums."""
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
-    live = live_kernel(problem)
+    live = worth_cropping(problem, problem.samples)
     if live is None:
         return resolve("auto", problem, "kept").kept(x, grad_output, problem)
     grads = resolve("auto", live.problem, "kept").kept(live.crop(x), grad_output, live.problem)
@@ -215,7 +215,7 @@ def clipping_keeps_grads(
 ) -> bool:
     """Whether clipping this layer is faster with its per-sample gradients written out and kept.
 
-    See `psgrad.conv.planner.clipping_choice`. Arguments and errors are those of `weight_grads`; only
+    See `psgrad.conv.sum_planner.clipping_choice`. Arguments and errors are those of `weight_grads`; only
     shapes are read.
     """
     return clipping_choice(problem_of(x, grad_output, weight_shape, geometry, rows_per_sample)).keeps

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from psgrad.conv.numerics import accumulation_dtype, memory_order, squared_norms
+from psgrad.conv.numerics import accumulation_dtype, drop_removed, per_row, squared_norms, weighted
 
 __all__ = [
     "LayerCall",
@@ -112,32 +112,6 @@ class LayerRule(ABC):
         """
         size = sum(p.numel() for name in call.wanted if (p := call.module._parameters[name]) is not None)
         return call.samples * size <= call.x.numel() + call.g.numel()
-
-
-def per_row(per_sample: Tensor, like: Tensor, rows_per_sample: int) -> Tensor:
-    """`[N]` -> `[(N K), 1, ..]`, in the dtype and rank of `like`."""
-    rows = per_sample.to(like.dtype)
-    if rows_per_sample > 1:
-        rows = rows.repeat_interleave(rows_per_sample)
-    return rows.reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def weighted(factors: Tensor, grads: Tensor) -> Tensor:
-    """`sum_n factors[n] * grads[n]`: N, N.. -> ..; a factor of exactly 0 removes its sample."""
-    ordered = drop_removed(grads, factors).permute(0, *(order := memory_order(grads)))
-    total = (factors.to(grads.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
-    return total.permute([order.index(axis) for axis in range(1, grads.ndim)]).contiguous()
-
-
-def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:
-    """Put zeros in the rows of samples whose factor is 0: their values may be inf or NaN.
-
-    Where there are none, t itself. On CUDA nobody looks, which would make the host wait.
-    """
-    if not factors.is_cuda and factors.all():
-        return t
-    removed = per_row(factors == 0, t, rows_per_sample).bool()
-    return t.masked_fill(removed, 0)
 
 
 def sample_sum(call: LayerCall, t: Tensor, keep: tuple[int, ...]) -> Tensor:

@@ -3,14 +3,17 @@
 A line is `layer | verb | strategy | budget | measured bytes beside the result`.
 """
 
+from dataclasses import replace
+
 import torch
 
 from psgrad.bench.memory import peak_bytes
-from psgrad.conv import ConvGeometry, plan, weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads, weighted, weighted_weight_grad
 from psgrad.conv.budget import sample_bytes, sum_bytes
 from psgrad.conv.problem import problem_of
 from psgrad.conv.scratch import _blocks
 from psgrad.conv.strategies import STRATEGIES
+from psgrad.conv.sum_planner import plan_sum
 
 NOISE = 2**19
 """Bytes that a process grows by without being asked."""
@@ -44,12 +47,17 @@ def main() -> None:
         problem = problem_of(*arguments)
         factors = torch.linspace(0, 1, SAMPLES)
 
-        def summed(x, grad, shape, geometry, _strategy, *, memory_budget, factors=factors):
-            return weighted_weight_grad(x, grad, shape, geometry, factors, memory_budget=memory_budget)
+        def summed(x, grad, shape, geometry, how, *, memory_budget, factors=factors):
+            found = plan_sum(problem_of(x, grad, shape, geometry))
+            fixed, each = sum_bytes(problem_of(x, grad, shape, geometry), how)
+            at_once = min(SAMPLES, (memory_budget - fixed) // each)
+            weighted.plan_sum = lambda *_: replace(found, chosen=how, at_once=at_once)
+            return weighted_weight_grad(x, grad, shape, geometry, factors)
 
-        fixed, each = sum_bytes(problem, plan(*arguments, "weighted_sum").chosen)
-        for budget in (fixed + each, fixed + 4 * each):
-            measure(layer, "weighted_sum", "", budget, summed, arguments)
+        for how in plan_sum(problem).seconds:
+            fixed, each = sum_bytes(problem, how)
+            for budget in (fixed + each, fixed + 4 * each):
+                measure(layer, "weighted_sum", how, budget, summed, arguments)
         for verb, compute in (("grads", weight_grads), ("sq_norms", weight_grad_sq_norms)):
             for name, strategy in STRATEGIES.items():
                 if strategy.refusal(problem, verb) is not None:

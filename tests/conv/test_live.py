@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psgrad.conv import ConvGeometry, weighted_weight_grad
-from psgrad.conv.live import live_kernel
-from psgrad.conv.problem import normalise
+from psgrad.conv import ConvGeometry, live, weight_grads, weighted_weight_grad
+from psgrad.conv.live import live_kernel, worth_cropping
+from psgrad.conv.problem import normalise, problem_of
+from psgrad.conv.verbs import kept_weight_grads
 from tests import oracle
 from tests.problems import ConvProblem, conv_problems
 
@@ -18,7 +20,7 @@ from tests.problems import ConvProblem, conv_problems
 @given(problem=conv_problems(min_samples=1))
 def test_the_live_box_is_the_smallest_that_holds_every_meeting(problem: ConvProblem) -> None:
     x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
-    live = live_kernel(normal)
+    found = live_kernel(normal)
     meetings = oracle.weight_grads(
         torch.ones_like(x),
         torch.ones_like(grad),
@@ -29,20 +31,20 @@ def test_the_live_box_is_the_smallest_that_holds_every_meeting(problem: ConvProb
         groups=normal.groups,
     ).sum((0, 1, 2))
     alive = meetings.nonzero()
-    if live is None:
+    if found is None:
         full = list(meetings.shape)
         if len(alive):
             assert (alive.amax(0) - alive.amin(0) + 1).tolist() == full
         return
     rank = meetings.ndim
-    before = [live.dead[2 * (rank - 1 - axis)] for axis in range(rank)]
-    cropped = live.problem.geometry.kernel_size
+    before = [found.dead[2 * (rank - 1 - axis)] for axis in range(rank)]
+    cropped = found.problem.geometry.kernel_size
     assert cropped is not None
     if len(alive):
         assert alive.amin(0).tolist() == before
         assert (alive.amax(0) - alive.amin(0) + 1).tolist() == list(cropped)
-    assert tuple(live.crop(x).shape[2:]) == live.problem.input_size
-    assert live.problem.output_size == normal.output_size
+    assert tuple(found.crop(x).shape[2:]) == found.problem.input_size
+    assert found.problem.output_size == normal.output_size
 
 
 class Products(TorchDispatchMode):
@@ -59,12 +61,48 @@ class Products(TorchDispatchMode):
 
 
 def test_a_kernel_larger_than_its_input_costs_what_is_alive() -> None:
-    x, grad = torch.randn(4, 8, 1, 6), torch.randn(4, 8, 1, 6)
+    x, grad = torch.randn(8, 64, 1, 200), torch.randn(8, 64, 1, 200)
     with Products() as products:
-        summed = weighted_weight_grad(x, grad, (8, 8, 3, 3), ConvGeometry(3, padding=1), torch.ones(4))
-    assert products.weights == [(8, 8, 1, 3)]
-    assert summed.shape == (8, 8, 3, 3)
+        summed = weighted_weight_grad(x, grad, (64, 64, 3, 3), ConvGeometry(3, padding=1), torch.ones(8))
+    assert {weight[2:] for weight in products.weights} == {(1, 3)}
+    assert summed.shape == (64, 64, 3, 3)
     assert not summed[:, :, 0].any()
+
+
+def test_a_dense_kernel_is_cropped_only_where_that_saves_more_than_the_zeros_cost() -> None:
+    def worth(*shape: int, results: int, dilation: int = 1, groups: int = 1) -> bool:
+        x = torch.empty(shape, device="meta")
+        geometry = ConvGeometry(3, padding=dilation, dilation=dilation, groups=groups)
+        problem = problem_of(x, x, (shape[1], shape[1] // groups, 3, 3), geometry)
+        assert live_kernel(problem) is not None
+        return worth_cropping(problem, results) is not None
+
+    assert not worth(8, 64, 1, 1, results=8)  # an outer product: the zeros are the smaller part
+    assert worth(8, 64, 1, 1, results=8, groups=64)
+    assert worth(8, 64, 8, 8, results=8, dilation=12)  # one of nine offsets
+    assert not worth(8, 64, 1, 4, results=8)
+    assert worth(64, 64, 1, 16, results=1)  # one gradient, of all samples
+
+
+@pytest.mark.parametrize("rate", [0, 10**9], ids=["cropped", "whole"])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=conv_problems(min_samples=1))
+def test_cropped_or_whole_the_gradients_are_the_same(
+    rate: int, problem: ConvProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "FLOPS_PER_BYTE", rate)
+    worth_cropping.cache_clear()
+    expected = problem.oracle()
+    keywords = {"rows_per_sample": problem.rows_per_sample}
+    for got in (
+        weight_grads(*problem.operands, **keywords),
+        kept_weight_grads(*problem.operands, **keywords),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    factors = torch.linspace(-1, 1, problem.samples, dtype=torch.float64)
+    got = weighted_weight_grad(*problem.operands, factors, **keywords)
+    torch.testing.assert_close(got, torch.einsum("n,n...->...", factors, expected), rtol=1e-9, atol=1e-10)
+    worth_cropping.cache_clear()
 
 
 def test_one_output_position_is_a_matrix_product() -> None:

@@ -7,14 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psgrad.conv import ConvGeometry, clipping_keeps_grads, plan, weighted, weighted_weight_grad
+from psgrad.conv import ConvGeometry, clipping_keeps_grads, plan, sum_planner, weighted, weighted_weight_grad
+from psgrad.conv.problem import normalise
+from psgrad.conv.strategies import STRATEGIES
+from psgrad.conv.sum_planner import ONCE, plan_sum
 from psgrad.errors import ConfigError, StrategyError
 from tests.problems import ConvProblem, conv_problems
 
 # channels, size, kernel, stride, padding, groups, what is chosen
 LAYERS = {
     "3x3": (64, 64, (16, 16), 3, 1, 1, 1, "backend"),
-    "1x1": (64, 64, (16, 16), 1, 1, 0, 1, "product"),
+    "1x1": (256, 256, (4, 4), 1, 1, 0, 1, "product"),
+    "first": (3, 32, (32, 32), 3, 1, 1, 1, "unfold"),
     "depthwise": (96, 96, (28, 28), 7, 1, 3, 96, "correlate"),
 }
 
@@ -32,7 +36,7 @@ def test_a_plan_says_how_and_what_clipping_does(layer: str) -> None:
     operands = arguments(layer)
     found = plan(*operands, "weighted_sum")
     assert found.chosen == LAYERS[layer][-1]
-    assert set(found.costs) | set(found.refusals) == {"backend", "product", "correlate"}
+    assert set(found.costs) | set(found.refusals) == {*ONCE, *STRATEGIES}
     lines = str(found).splitlines()
     assert lines[0].startswith("weighted_sum of a convolution: N=8")
     assert lines[1].startswith(f"-> {found.chosen}")
@@ -45,6 +49,25 @@ def test_a_plan_says_how_and_what_clipping_does(layer: str) -> None:
     assert again.startswith("  " if keeps else "->")
     assert f"made by {found.clipping.grads}" in keep
     assert f"norms by {found.clipping.norms}" in again
+
+
+@settings(max_examples=200)
+@given(problem=conv_problems(min_samples=1), data=st.data())
+def test_every_way_is_that_of_the_oracle(problem: ConvProblem, data: st.DataObject) -> None:
+    values = st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=problem.samples, max_size=problem.samples)
+    factors = torch.tensor(data.draw(values), dtype=torch.float64)
+    expected = torch.einsum("n,n...->...", factors, problem.oracle())
+    x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    removed = (factors == 0).repeat_interleave(problem.rows_per_sample)
+    if removed.any():
+        x, grad = x.clone(), grad.clone()  # one may be expanded
+        x[removed], grad[removed] = torch.nan, torch.inf
+    ways = plan_sum(normal).seconds
+    assert {*ways} & {*ONCE}
+    assert {*ways} >= {"loop", "grouped", "unfold"}
+    for how in ways:
+        got = weighted._piece(x, grad, normal, factors, how)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 @settings(max_examples=150)
@@ -65,16 +88,16 @@ def test_the_smallest_budget_that_is_named_does_and_one_byte_less_does_not(
         weighted_weight_grad(*problem.operands, factors, **keywords, memory_budget=least - 1)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if LAYERS[layer][-1] in ONCE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_batch_is_summed_in_pieces(layer: str, dtype: torch.dtype, monkeypatch) -> None:
     x, grad, shape, geometry = arguments(layer, samples=11)
     x, grad, factors = x.to(dtype), grad.to(dtype), torch.linspace(0, 1, 11)
     whole = weighted_weight_grad(x.double(), grad.double(), shape, geometry, factors.to(dtype).double())
     one = x[0].nbytes + grad[0].nbytes
-    monkeypatch.setattr(weighted, "WHOLE_BYTES", 4 * one)
-    monkeypatch.setattr(weighted, "PIECE_BYTES", 3 * one)
-    weighted.plan_sum.cache_clear()
+    monkeypatch.setattr(sum_planner, "WHOLE_BYTES", 4 * one)
+    monkeypatch.setattr(sum_planner, "PIECE_BYTES", 3 * one)
+    plan_sum.cache_clear()
     found = plan(x, grad, shape, geometry, "weighted_sum")
     assert found.at_once == 3
     assert "3 samples at a time" in str(found)
@@ -82,7 +105,7 @@ def test_a_large_batch_is_summed_in_pieces(layer: str, dtype: torch.dtype, monke
     real = weighted._piece
     monkeypatch.setattr(weighted, "_piece", lambda x, *rest: seen.append(len(x)) or real(x, *rest))
     got = weighted_weight_grad(x, grad, shape, geometry, factors)
-    weighted.plan_sum.cache_clear()
+    plan_sum.cache_clear()
     assert seen == [3, 3, 3, 2]
     assert got.dtype == dtype
     close = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1.0}
@@ -95,6 +118,16 @@ def test_what_cannot_be_planned_raises() -> None:
     for budget in (0, 2.5, True):
         with pytest.raises(ConfigError, match="positive int"):
             weighted_weight_grad(*arguments("3x3"), torch.ones(8), memory_budget=budget)
+
+
+def test_gradients_are_added_up_in_chunks_and_in_wide_numbers() -> None:
+    """2,000 gradients of ones in bfloat16: added up one after the other they would stay at 256."""
+    x = torch.ones(2000, 64, 1, 1, dtype=torch.bfloat16)
+    for how in ("grouped", "unfold"):
+        *operands, normal = normalise(x, x, (64, 64, 1, 1), ConvGeometry(1))
+        total = weighted._piece(*operands, normal, torch.ones(2000), how)
+        assert len(list(STRATEGIES[how].kept_in_chunks(*operands, normal))) > 2
+        torch.testing.assert_close(total.float(), torch.full((64, 64, 1, 1), 2000.0), rtol=0.01, atol=0)
 
 
 def test_an_empty_batch_has_a_plan() -> None:

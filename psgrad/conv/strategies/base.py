@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from psgrad.conv.numerics import accumulation_dtype, squared_norms
-from psgrad.conv.ordinary import as_product
+from psgrad.conv.numerics import accumulation_dtype, squared_norms, weighted
 from psgrad.conv.problem import WeightGradProblem
 
 __all__ = ["Cost", "Strategy", "Verb"]
@@ -78,12 +77,28 @@ class Strategy(ABC):
         """As `grads`, dense, but in any order of the axes in memory."""
         return self.grads(x, grad, problem)
 
+    def kept_in_chunks(
+        self, x: Tensor, grad: Tensor, problem: WeightGradProblem
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """`kept` of a few samples after the others, and whose they are; good until the next is asked for."""
+        for part, rows, here in chunks(problem, samples_per_chunk(problem, problem.gradient_bytes)):
+            yield self.kept(x[rows], grad[rows], part), here
+
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Squared norms `[N]`, float32 at least, from per-sample gradients made in chunks."""
         norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
-        for part, rows, here in chunks(problem, samples_per_chunk(problem, problem.gradient_bytes)):
-            norms[here] = squared_norms(self.kept(x[rows], grad[rows], part))
+        for grads, here in self.kept_in_chunks(x, grad, problem):
+            norms[here] = squared_norms(grads)
         return norms
+
+    def weighted_sum(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, factors: Tensor) -> Tensor:
+        """`sum_n factors[n] * grads[n]` of N > 0 samples, from gradients made in chunks; 0 removes one."""
+        total: Tensor | None = None
+        for grads, here in self.kept_in_chunks(x, grad, problem):
+            part = weighted(factors[here], grads).to(accumulation_dtype(x.dtype))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.to(x.dtype)
 
 
 def samples_per_chunk(problem: WeightGradProblem, bytes_per_sample: int) -> int:
@@ -128,8 +143,10 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
 
 
 def ordinary_slowdown(problem: WeightGradProblem) -> float:
-    """How many times slower than a good matrix product `ordinary_weight_grad` runs on all of the problem."""
-    return 1.0 if as_product(problem) is not None else backend_slowdown(with_samples(problem, 1))
+    """How many times slower than a good matrix product a backend makes the sum over all of the problem."""
+    rank = len(problem.input_size)
+    one_by_one = backend_slowdown(with_samples(problem, 1))
+    return one_by_one / 2 if rank == 1 and problem.groups == 1 else one_by_one  # 1-D layers are slow alone
 
 
 def operand_bytes(problem: WeightGradProblem) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import (
@@ -46,19 +47,18 @@ class Loop(Strategy):
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
+        if problem.samples == 1:
+            return ordinary_weight_grad(x, grad, problem).contiguous().unsqueeze(0)
         out = x.new_empty(problem.samples, *problem.weight_shape)
-        rows = problem.rows_per_sample
-        for n in range(problem.samples):
-            part = slice(n * rows, (n + 1) * rows)
-            out[n] = ordinary_weight_grad(x[part], grad[part], problem)
+        for weight_grad, here in self.kept_in_chunks(x, grad, problem):
+            out[here] = weight_grad
         return out
 
-    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
-        """See `Strategy.sq_norms`; one gradient is alive at a time."""
-        out = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
+    def kept_in_chunks(
+        self, x: Tensor, grad: Tensor, problem: WeightGradProblem
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """See `Strategy.kept_in_chunks`; one gradient is alive at a time."""
         rows = problem.rows_per_sample
         for n in range(problem.samples):
             part = slice(n * rows, (n + 1) * rows)
-            weight_grad = ordinary_weight_grad(x[part], grad[part], problem)
-            out[n] = squared_norms(weight_grad.reshape(1, -1))[0]
-        return out
+            yield ordinary_weight_grad(x[part], grad[part], problem).unsqueeze(0), slice(n, n + 1)

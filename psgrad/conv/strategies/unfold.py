@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from psgrad.conv.numerics import accumulation_dtype, squared_norms
 from psgrad.conv.patches import patches, patches_by_window
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.reused import borrowed
@@ -57,25 +57,22 @@ class Unfold(Strategy):
         """See `Strategy.kept`."""
         return self._written(x, grad, problem, windows_are_faster(problem))
 
-    def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
-        """See `Strategy.sq_norms`."""
-        norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
+    def kept_in_chunks(
+        self, x: Tensor, grad: Tensor, problem: WeightGradProblem
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """See `Strategy.kept_in_chunks`; the gradients lie in memory that is used again and again."""
         by_window = windows_are_faster(problem)
         for part, rows, here in chunks(problem, self._chunk(problem, "sq_norms")):
             grads = scratch("gradients", _by_group(part), x)
             _products(x[rows], grad[rows], part, by_window, grads)
-            norms[here] = squared_norms(grads)
-        return norms
+            yield _as_weights(grads, part, by_window), here
 
     def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, by_window: bool) -> Tensor:
         p = problem
         out = borrowed(_by_group(p), x)
         for part, rows, here in chunks(p, self._chunk(p, "grads")):
             _products(x[rows], grad[rows], part, by_window, out[here])
-        if not by_window:
-            return out.view(p.samples, *p.weight_shape)
-        channels_out, channels_in, *kernel = p.weight_shape
-        return out.view(p.samples, channels_out, *kernel, channels_in).movedim(-1, 2)
+        return _as_weights(out, p, by_window)
 
     @staticmethod
     def _chunk(problem: WeightGradProblem, verb: Verb) -> int:
@@ -117,6 +114,15 @@ def _by_group(problem: WeightGradProblem) -> tuple[int, int, int, int]:
     """N G O (Ik)."""
     p = problem
     return p.samples, p.groups, p.out_per_group, p.in_per_group * p.geometry.kernel_positions
+
+
+def _as_weights(grads: Tensor, problem: WeightGradProblem, by_window: bool) -> Tensor:
+    """N G O (Ik), or (kI) by window, -> N (GO) I k."""
+    p = problem
+    if not by_window:
+        return grads.view(p.samples, *p.weight_shape)
+    channels_out, channels_in, *kernel = p.weight_shape
+    return grads.view(p.samples, channels_out, *kernel, channels_in).movedim(-1, 2)
 
 
 def _unfolded_bytes(problem: WeightGradProblem) -> int:
