@@ -6,12 +6,15 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 
 import torch
+from torch import Tensor
 
 from psgrad.conv.planner import Plan, choose
 from psgrad.conv.problem import WeightGradProblem
@@ -22,7 +25,11 @@ __all__ = ["cache_file", "measure"]
 SCHEMA = 1
 """Of the file; one with another number is not read."""
 
-ROUNDS = 3
+ROUNDS = (3, 40)
+"""At least and at most so many, of short problems as many as fit into `SECONDS`."""
+SECONDS = 0.05
+ALIKE = 1.03
+"""What the costs choose is kept if nothing was measured to be faster by more than this."""
 WORTH_TIMING = 8.0
 """A strategy that the costs put at more than so many times the cheapest is not timed."""
 
@@ -57,7 +64,9 @@ def measure(problem: WeightGradProblem, verb: Verb) -> Plan:
     if seconds is None or not set(seconds) <= set(plan.seconds):
         seconds = _time(plan)
         _CHOICES.put(key, seconds)
-    return replace(plan, chosen=min(seconds, key=lambda name: seconds[name]), seconds=plan.seconds | seconds)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    alike = seconds.get(plan.chosen, float("inf")) <= ALIKE * seconds[fastest]
+    return replace(plan, chosen=plan.chosen if alike else fastest, seconds=plan.seconds | seconds)
 
 
 def _time(plan: Plan) -> dict[str, float]:
@@ -69,17 +78,26 @@ def _time(plan: Plan) -> dict[str, float]:
     limit = WORTH_TIMING * min(plan.seconds.values())
     names = [name for name, seconds in plan.seconds.items() if seconds <= limit]
     best = dict.fromkeys(names, float("inf"))
+    least, most = ROUNDS
     with torch.no_grad():
-        for turn in range(ROUNDS + 1):  # the first warms up
-            for name in names:
-                run = getattr(STRATEGIES[name], plan.verb)
-                _wait(p.device)
-                start = time.perf_counter()
-                run(x, grad, p)
-                _wait(p.device)
+        start = time.perf_counter()
+        for turn in range(most + 1):  # the first warms up
+            if turn > least and time.perf_counter() - start > SECONDS:
+                break
+            first = turn % len(names)  # who runs after whom decides what is in the caches
+            for name in names[first:] + names[:first]:
+                taken = _seconds(partial(getattr(STRATEGIES[name], plan.verb), x, grad, p), p.device)
                 if turn:
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    best[name] = min(best[name], taken)
     return best
+
+
+def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -40,7 +40,7 @@ class Grouped(Strategy):
         return Cost(
             flops=problem.flops,
             bytes=problem.samples * (operand_bytes(problem) / 4 + written),
-            calls=4 * -(-problem.samples // chunk),
+            calls=3 * -(-problem.samples // chunk),
             peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
             slowdown=backend_slowdown(problem),
         )

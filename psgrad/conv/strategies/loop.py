@@ -35,14 +35,18 @@ class Loop(Strategy):
         return None
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
-        """F FLOPs in N calls at a backend's rate; every gradient is made, then copied or squared."""
-        product = as_product(with_samples(problem, 1)) is not None
+        """F FLOPs in N calls at a backend's rate; of several samples every gradient is copied or squared."""
+        p, one = problem, with_samples(problem, 1)
+        slowdown = 1.0 if as_product(one) is not None else backend_slowdown(one)
+        if p.groups > 1 and p.in_per_group > 1:
+            slowdown *= 1.5  # one sample's groups keep threads less busy
+        written = 1 if p.samples == 1 else 3
         return Cost(
-            flops=problem.flops,
-            bytes=problem.samples * (operand_bytes(problem) / 4 + 3 * problem.gradient_bytes),
-            calls=problem.samples,
-            peak_bytes=problem.gradient_bytes,
-            slowdown=1.0 if product else backend_slowdown(problem),
+            flops=p.flops,
+            bytes=p.samples * (operand_bytes(p) / 4 + written * p.gradient_bytes),
+            calls=p.samples,
+            peak_bytes=p.gradient_bytes,
+            slowdown=slowdown,
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
