@@ -1,4 +1,4 @@
-"""Interleaved timing: floor, A, B, C, then A, B, C, floor, ... and ratios within a round.
+"""Interleaved timing: floor, A, B, C, then B, floor, C, A, ... and ratios within a round.
 
 On a machine that others use too, seconds mean little; what a contender takes against the floor a
 moment earlier does.
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf
+from random import Random
 from statistics import median, quantiles
 
 import torch
@@ -89,8 +90,8 @@ def interleave(
 ) -> dict[str, Measurement]:
     """Time the floor and each contender once a round, `rounds` times.
 
-    Each round begins with the next of them: who runs after whom decides what is in the caches and in
-    the allocator.
+    Each round has an order of its own, the same ones in every run: who runs after whom decides what is
+    in the caches and in the allocator. Taken in turns, each would always follow the same other.
 
     A round before the first warms up and is dropped; it also tells how many calls in a row each one
     needs for a time that the clock resolves.
@@ -133,7 +134,7 @@ def interleave(
         repeats[name] = max(1, ceil(least_seconds / max(call, 1e-9)))
         used[name] = first_call if name and repeats[name] == 1 else 0.0
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
-    names = list(everyone)
+    names, orders = list(everyone), Random(0)
     for turn in range(rounds):
         fastest = min((seconds[name][0] for name in contenders), default=0.0) if turn else inf
         running = [
@@ -147,8 +148,7 @@ def interleave(
             break
         if turn >= 5 and all(_narrow(seconds[name], seconds[""], settled) for name in running if name):
             break
-        first = turn % len(running)
-        for name in running[first:] + running[:first]:
+        for name in orders.sample(running, len(running)):
             taken = stopwatch(everyone[name], repeats[name])
             used[name] += taken
             seconds[name].append(taken / repeats[name])

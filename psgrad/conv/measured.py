@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from threading import Lock
 
 import torch
@@ -78,14 +79,13 @@ def _time(plan: Plan) -> dict[str, float]:
     limit = WORTH_TIMING * min(plan.seconds.values())
     names = [name for name, seconds in plan.seconds.items() if seconds <= limit]
     best = dict.fromkeys(names, float("inf"))
-    least, most = ROUNDS
+    (least, most), orders = ROUNDS, Random(0)
     with torch.no_grad():
         start = time.perf_counter()
         for turn in range(most + 1):  # the first warms up
             if turn > least and time.perf_counter() - start > SECONDS:
                 break
-            first = turn % len(names)  # who runs after whom decides what is in the caches
-            for name in names[first:] + names[:first]:
+            for name in orders.sample(names, len(names)):  # who runs after whom decides what is in the caches
                 taken = _seconds(partial(getattr(STRATEGIES[name], plan.verb), x, grad, p), p.device)
                 if turn:
                     best[name] = min(best[name], taken)

@@ -24,12 +24,16 @@ def runs(*names: str) -> dict:
     return {name: lambda name=name: name for name in names}
 
 
-def test_everyone_takes_turns_and_goes_first_in_turn() -> None:
+def test_in_every_round_everyone_is_timed_once_and_nobody_always_follows_the_same() -> None:
     clock = Clock({"floor": 1.0, "a": 2.0, "b": 3.0})
-    interleave(runs("a", "b"), lambda: "floor", rounds=3, stopwatch=clock)
+    interleave(runs("a", "b"), lambda: "floor", rounds=30, stopwatch=clock)
     turns = [name for name, _ in clock.seen]
     assert turns[:6] == ["floor", "floor", "a", "a", "b", "b"]  # warm-up and calibration
-    assert turns[6:] == ["floor", "a", "b", "a", "b", "floor", "b", "floor", "a"]
+    rounds = [turns[start : start + 3] for start in range(6, len(turns), 3)]
+    assert all(set(names) == {"floor", "a", "b"} for names in rounds)
+    assert {(names[0], names[1]) for names in rounds} == {
+        (first, second) for first in clock.prices for second in clock.prices if first != second
+    }
 
 
 def test_ratios_are_within_a_round_and_the_warm_up_is_dropped() -> None:
