@@ -24,11 +24,13 @@ from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import Region, first_rows
+from psgrad.capture.region_inputs import RegionInputs
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
-from psgrad.capture.trial import other_number_of_samples, without_trace
+from psgrad.capture.trial import other_numbers_of_samples, without_trace
 from psgrad.errors import CaptureError, ShapeError
+from psgrad.graph import leaves_of
 from psgrad.layers import LayerCall, LayerRule
 from psgrad.loss import LossCheck
 
@@ -83,7 +85,7 @@ class Capture:
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = self._learning = False
-        self._batched: dict[str, set[int]] = {}  # a region's inputs that grow with the batch
+        self._region_inputs = RegionInputs()
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
         layers = layers_of(module)
@@ -141,6 +143,7 @@ class Capture:
 
     def remove(self) -> None:
         """Give the module back as it was. Twice is as good as once."""
+        self._recorder.forget_failed()
         if self._loss is not None:
             self._loss.unwatch()
         for handle in self._handles:
@@ -194,17 +197,45 @@ class Capture:
         return out
 
     def _learn(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
-        """Run another number of samples: what does not grow with it is not the batch, whatever its size.
+        """Run other numbers of samples: what does not grow with them is not the batch, whatever its size.
 
-        Without it, a sequence as long as the batch would pass for the batch.
+        Without it, a sequence as long as the batch would pass for the batch. Modules around parameters that
+        are used elsewhere, and around inputs whose samples cannot be told apart, become regions.
         """
-        (some_args, some_kwargs), some = other_number_of_samples((args, kwargs), rows, self._rows_per_sample)
         self._learning = True
         try:
-            with without_trace(self._module):
-                self._run_rows(forward, some_args, some_kwargs, some)
+            while around := self._try_out(forward, args, kwargs, rows):
+                widened: list[nn.Module] = []
+                for path in around:
+                    owner = self._module.get_submodule(path)
+                    if any(owner in set(module.modules()) for module in widened):
+                        continue
+                    if (layer := self._widen(path)) is not None:
+                        widened.append(layer.module)
+                if not widened:
+                    break  # what cannot be captured is refused in backward, by name
         finally:
             self._learning = False
+
+    def _try_out(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> list[str]:
+        """Return paths of what must run in a region around it, found in trial runs."""
+        self._region_inputs.forget()
+        for some_args, some_kwargs, some in other_numbers_of_samples(
+            args, kwargs, rows, self._rows_per_sample
+        ):
+            self._region_inputs.begin(some)
+            try:
+                with without_trace(self._module):
+                    out = self._run_rows(forward, some_args, some_kwargs, some)
+            except Exception:
+                if multiples := self._region_inputs.multiples():
+                    return multiples
+                raise
+            leaves = leaves_of(t for t in tree_leaves(out) if isinstance(t, Tensor))
+            elsewhere = [self._owners[p] for p in leaves if isinstance(p, nn.Parameter) and p in self._owners]
+            if elsewhere or not self.regions:
+                return elsewhere
+        return self._region_inputs.grown()
 
     def _run_batch(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         """Run all rows, in a graph apart where its backward may have to run again."""
@@ -231,27 +262,28 @@ class Capture:
                 try:
                     return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
                 except _OtherRowsError as error:
-                    self._widen(error)
+                    if self._widen(error.layer.path) is None:
+                        raise
         finally:
             self._root_rows = None  # a submodule called on its own may have another batch
 
-    def _widen(self, error: _OtherRowsError) -> None:
-        """Make the next module around one with other rows a region: there all rows are one sample's.
+    def _widen(self, path: str) -> Layer | None:
+        """Make the next module around this one a region: there all rows are one sample's.
 
-        Raises
-        ------
-        ShapeError
-            If there is none left.
+        Returns
+        -------
+        Layer | None
+            The region, or None if no module is left.
 
         """
-        path = error.layer.path
         while path:
             path = path.rpartition(".")[0]
             module = self._module.get_submodule(path)
             calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
             if path not in self._layers and (calls or not path):
-                return self._attach(Layer(path, module, None))
-        raise error
+                self._attach(layer := Layer(path, module, None))
+                return layer
+        return None
 
     def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one layer, captured if gradients are being recorded.
@@ -313,11 +345,11 @@ class Capture:
         if rows is None or rows % self._rows_per_sample:
             seen = "no input is a batch" if rows is None else f"{rows} rows"
             raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
-        leaves = tree_leaves((args, kwargs))
-        batched = {i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.shape[:1] == (rows,)}
+        leaves = enumerate(tree_leaves((args, kwargs)))
+        lengths = {i: t.shape[0] for i, t in leaves if isinstance(t, Tensor) and t.ndim}
         if self._learning:
-            self._batched.setdefault(layer.path, set()).update(batched)
-        batched &= self._batched.get(layer.path, batched)
+            self._region_inputs.see(layer.path, lengths)
+        batched = self._region_inputs.batched(layer.path, lengths, rows)
         if not batched:
             raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
         record = partial(self._record_written, self._gate)

@@ -188,9 +188,9 @@ def not_captured(name: str) -> Callable[[Tensor], None]:
 
     def hook(p: Tensor) -> None:
         raise CaptureError(
-            f"parameter {name!r} got an ordinary gradient: it was used outside of the module that owns it, "
-            "where no per-sample gradient could be captured. Use it inside that module's forward, or freeze "
-            "it; a penalty on weights belongs in the optimizer (weight_decay)."
+            f"parameter {name!r} got an ordinary gradient: it was used outside of the module that psgrad is "
+            "attached to, where no per-sample gradient could be captured. Use it inside that module's "
+            "forward, or freeze it; a penalty on weights belongs in the optimizer (weight_decay)."
         )
 
     return hook

@@ -1,4 +1,4 @@
-"""A trial run of a model, on some samples of its batch, that leaves no trace."""
+"""A trial run of a model, on samples of its batch, that leaves no trace."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
-__all__ = ["other_number_of_samples", "without_trace"]
+__all__ = ["other_numbers_of_samples", "without_trace"]
 
 
-def other_number_of_samples(inputs: Any, rows: int, rows_per_sample: int) -> tuple[Any, int]:
-    """Make a batch of two samples, or of three where the batch has two.
+def other_numbers_of_samples(
+    args: Any, kwargs: Any, rows: int, rows_per_sample: int
+) -> Iterator[tuple[Any, Any, int]]:
+    """Make batches of two and of three samples, or of three and of four where the batch has two.
 
     Parameters
     ----------
-    inputs
+    args, kwargs
         Any nesting of tensors and others. Tensors with N K > 0 rows in axis 0 are the batch.
     rows
         N K.
     rows_per_sample
         K.
 
-    Returns
-    -------
-    tuple[Any, int]
-        The inputs with the first samples only (over again if there are too few), and their rows.
+    Yields
+    ------
+    tuple[Any, Any, int]
+        args and kwargs with the first samples only (over again if there are too few), and their rows.
 
     """
-    samples = 3 if rows == 2 * rows_per_sample else 2
-    some = torch.arange(samples * rows_per_sample) % rows
+    for samples in (3, 4) if rows == 2 * rows_per_sample else (2, 3):
+        some = torch.arange(samples * rows_per_sample) % rows
 
-    def pick(t: Any) -> Any:
-        is_batch = isinstance(t, Tensor) and t.shape[:1] == (rows,)
-        return t.detach()[some.to(t.device)] if is_batch else t
+        def pick(t: Any, some: Tensor = some) -> Any:
+            is_batch = isinstance(t, Tensor) and t.shape[:1] == (rows,)
+            return t.detach()[some.to(t.device)] if is_batch else t
 
-    return tree_map(pick, inputs), len(some)
+        yield tree_map(pick, args), tree_map(pick, kwargs), len(some)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from psgrad.capture.contribution import Contribution, LayerUse
 from psgrad.errors import ConfigError, ShapeError
+from psgrad.graph import leaves_of
 from psgrad.layers import RULES, LayerCall
 from psgrad.per_sample import accumulate
 
@@ -210,7 +211,7 @@ def _clipped_backward(self: Any) -> None:
     # Who listens to the gradients of a parameter hears them from autograd.
     summed = [c for c in held if not any(_has_hooks(p) for p in c.parameters)]
     done = {p for c in summed for p in c.parameters}
-    rest = [leaf for leaf in _leaves(losses) if leaf not in done]
+    rest = [leaf for leaf in leaves_of([losses]) if leaf not in done]
     if rest:
         engine.disable_hooks()
         try:
@@ -222,20 +223,6 @@ def _clipped_backward(self: Any) -> None:
         for p, total in contribution.weighted_sum(on_device).items():
             accumulate(p, total)
     return None
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """Return every tensor whose `.grad` a backward pass from `output` would add to."""
-    leaves, seen, waiting = [], set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        waiting.extend(following for following, _ in node.next_functions)
-    return leaves
 
 
 def _has_hooks(p: nn.Parameter) -> bool:

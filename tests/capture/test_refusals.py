@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, ShapeError
@@ -12,18 +11,13 @@ from tests.capture.test_capture import make
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
-def test_a_parameter_used_elsewhere_is_named():
-    class UsesChildsWeight(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.ModuleDict({"linear": nn.Linear(3, 3)})
-
-        def forward(self, x):
-            return F.linear(self.inner["linear"](x), self.inner["linear"].weight)
-
-    model = UsesChildsWeight()
-    with PerSampleGrads(model, "sum"), pytest.raises(CaptureError, match=r"inner\.linear\.weight"):
-        model(torch.randn(2, 3)).sum().backward()
+def test_a_parameter_used_outside_of_the_model_is_named():
+    model = nn.ModuleDict({"encode": nn.Linear(3, 3), "decode": nn.Linear(3, 3)})
+    with (
+        PerSampleGrads(model["encode"], "sum"),
+        pytest.raises(CaptureError, match=r"'weight' got an ordinary"),
+    ):
+        (model["encode"](torch.randn(2, 3)) @ model["encode"].weight).sum().backward()
 
 
 def test_a_penalty_on_weights_is_named():

@@ -137,6 +137,86 @@ class WritesInPlace(nn.Module):
         return F.relu_(mixed) + 0 * self.drop(out[:, :4])
 
 
+class TiedByFunction(nn.Module):
+    """A layer's weight is used again, as it is, outside of the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"embed": nn.Linear(3, 4), "mid": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        x = torch.tanh(self.inner["mid"](torch.tanh(self.inner["embed"](x))))
+        return x @ self.inner["embed"].weight
+
+
+class TableByMethod(nn.Module):
+    """A module that is never called: it hands its table out by a method."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 5))
+
+        def get(self):
+            return self.table.sin()
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = TableByMethod.Table()
+            self.out = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.out(self.table.get() @ x)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = TableByMethod.Mixer(), TableByMethod.Mixer(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class WindowsAndQuery(nn.Module):
+    """A module with parameters of its own is given windows as rows, and one query per sample."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3))
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, windows, query):
+            query = query.repeat_interleave(len(windows) // max(1, len(query)), 0)
+            return torch.tanh(self.linear(windows) + self.bias) * query
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = WindowsAndQuery.Attention()
+
+        def forward(self, x, query):
+            windows = x.unflatten(1, (2, 2)).flatten(0, 1)
+            return x + self.attention(windows, query).reshape(x.shape)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.query, self.block = nn.Linear(3, 3), nn.Linear(3, 3), self.Block()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.block(x, self.query(x.mean(1, keepdim=True)))
+
+
+class WindowsBroadcast(WindowsAndQuery):
+    """The same, where windows taken for one sample's would not be seen by any shape."""
+
+    class Block(WindowsAndQuery.Block):
+        def forward(self, x, query):
+            windows = x.unflatten(1, (2, 2)).flatten(0, 1)
+            return self.attention(windows, query).reshape(-1, len(x), 4, 3).mean(0) + x
+
+
 SEQUENCE = (5, 3)
 MODELS = {
     "frames": (Frames, (3, 3, 4, 5)),
@@ -151,7 +231,14 @@ MODELS = {
     "children's weights": (UsesChildsWeights, SEQUENCE),
     "norms by function": (NormalisesByFunction, SEQUENCE),
     "written in place": (WritesInPlace, SEQUENCE),
+    "tied by function": (TiedByFunction, SEQUENCE),
+    "a table by a method": (TableByMethod, SEQUENCE),
+    "windows and a query": (WindowsAndQuery, (4, 3)),
+    "windows, broadcast": (WindowsBroadcast, (4, 3)),
 }
+
+NOT_EMPTY = ("one by one", "written in place", "windows, broadcast")
+"""Models that cannot run on an empty batch."""
 
 
 def make(name, rows=6):
@@ -206,7 +293,7 @@ def test_clipped_sum_of_every_model(name):
         torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("one by one", "written in place")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_EMPTY])
 def test_empty_batch(name):
     model, x = make(name)
     with PerSampleGrads(model, "sum"):
@@ -265,6 +352,23 @@ def test_only_the_module_around_other_rows_becomes_a_region():
     for path, p in model.named_parameters():
         torch.testing.assert_close(p.grad_sample, expected[path])
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "regions"),
+    [
+        ("a table by a method", {"a.table", "a", "b.table", "b"}),
+        ("windows and a query", {"block.attention", "block"}),
+        ("windows, broadcast", {"block.attention", "block"}),
+        ("tied by function", {""}),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_what_the_first_batch_tells_of_regions(name, regions, rows):
+    model, x = make(name, rows)
+    with PerSampleGrads(model) as handle:
+        squared_loss(model, x).backward()
+        assert set(handle._capture.regions) == regions
 
 
 def test_a_recurrent_layer_is_refused_by_name_with_a_way_out():

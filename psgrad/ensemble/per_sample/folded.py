@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psgrad.capture import Consumer
 from psgrad.capture.captured_call import told
 from psgrad.capture.recorder import Recorder
-from psgrad.capture.trial import other_number_of_samples
+from psgrad.capture.trial import other_numbers_of_samples
 from psgrad.ensemble.execution import Execution, values_of
 from psgrad.ensemble.interpreter import FoldedGraph
 from psgrad.ensemble.layers import Computed
@@ -89,7 +89,7 @@ class FoldedCapture:
         if why is not None:
             return why
         batch_first = [x.movedim(1, 0) if own and x.ndim > 1 else x for x in inputs]
-        some, some_rows = other_number_of_samples(batch_first, rows, self._rows_per_sample)
+        some, _, some_rows = next(other_numbers_of_samples(batch_first, None, rows, self._rows_per_sample))
         some = [x.movedim(0, 1) if own and x.ndim > 1 else x for x in some]
         try:
             with torch.no_grad(), without_trace(self._stacked, randomness):
