@@ -1,0 +1,167 @@
+"""Models that other libraries build, as they are: small ones, with random weights (the extra `zoo`).
+
+What is told apart: weights shared or used by another module, tables handed out by a method, windows as rows,
+queries per sample beside them, relative positions, gates, class tokens, decoders, state spaces.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from psgrad import PerSampleGrads
+from tests.model_oracle import grads_one_by_one
+
+SAMPLES = 3
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
+ENCODER_DECODER = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def words(length=7):
+    return {"input_ids": torch.randint(5, 60, (SAMPLES, length))}
+
+
+def pictures(size):
+    return {"pixel_values": torch.randn(SAMPLES, 3, size, size, dtype=torch.double)}
+
+
+# model class, configuration class, its arguments, a batch
+TRANSFORMERS = {
+    "BERT": ("BertForSequenceClassification", "BertConfig", SIZES, words),
+    "RoBERTa": ("RobertaForSequenceClassification", "RobertaConfig", SIZES, words),
+    "ALBERT": ("AlbertForSequenceClassification", "AlbertConfig", SIZES | {"embedding_size": 16}, words),
+    "ELECTRA": ("ElectraForSequenceClassification", "ElectraConfig", SIZES | {"embedding_size": 16}, words),
+    "DeBERTa": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        words,
+    ),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2},
+        words,
+    ),
+    "LLaMA": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_key_value_heads": 2}, words),
+    "Mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
+        words,
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64},
+        lambda: words() | {"decoder_input_ids": torch.randint(5, 60, (SAMPLES, 5))},
+    ),
+    "BART": ("BartModel", "BartConfig", ENCODER_DECODER | {"max_position_embeddings": 32}, words),
+    "Whisper": (
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        ENCODER_DECODER | {"num_mel_bins": 8, "max_source_positions": 20, "classifier_proj_size": 16},
+        lambda: {"input_features": torch.randn(SAMPLES, 8, 40, dtype=torch.double)},
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {key: SIZES[key] for key in list(SIZES)[:4]} | {"image_size": 32, "patch_size": 8},
+        functools.partial(pictures, 32),
+    ),
+    "ConvNeXt": (
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+        functools.partial(pictures, 64),
+    ),
+}
+TIMM = {
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    "gcvit_xxtiny": {},
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64},
+    "maxvit_tiny_rw_224": {"img_size": 64},
+    "mixer_s32_224": {},
+    "nf_resnet26": {},
+    "regnetx_002": {},
+    "swinv2_cr_tiny_224": {
+        "img_size": 64,
+        "depths": (2, 1, 1, 1),
+        "embed_dim": 16,
+        "num_heads": (2, 2, 2, 2),
+    },
+    "vit_relpos_base_patch32_plus_rpn_256": {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
+}
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """In float64, nothing at random, batch statistics constant."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or "Drop" in type(module).__name__:
+            module.eval()
+    return model.double()
+
+
+def check(model: nn.Module, loss_of, inputs) -> None:
+    """Every parameter's gradients equal one backward per sample, to 1e-8 of their norm."""
+    expected = grads_one_by_one(model, loss_of, inputs)
+    with PerSampleGrads(model, "sum"):
+        loss_of(model, *inputs).backward()
+    whole = torch.stack([g.norm() for g in expected.values() if g is not None]).norm()
+    for path, p in model.named_parameters():
+        if expected.get(path) is not None:  # neither frozen nor unused
+            error = (p.grad_sample - expected[path]).norm()
+            assert error <= 1e-8 * expected[path].norm() + 1e-12 * whole, path
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name: str) -> None:
+    library = pytest.importorskip("transformers")
+    model_class, config_class, options, batch = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    config = getattr(library, config_class)(**options)
+    config.use_cache = False
+    for key in vars(config):
+        if "drop" in key and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+    model = quiet(getattr(library, model_class)(config).train())
+    names, inputs = zip(*batch().items(), strict=True)
+
+    def loss_of(model, *inputs):
+        return model(**dict(zip(names, inputs, strict=True)))[0].square().flatten(1).sum()
+
+    check(model, loss_of, inputs)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    library = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = quiet(library.create_model(name, num_classes=5, **TIMM[name]).train())
+    size = TIMM[name].get("img_size", 224 if name.startswith(("gcvit", "mixer")) else 64)
+    x = torch.randn(SAMPLES, 3, size, size, dtype=torch.double)
+    check(model, lambda model, x: model(x).square().sum(), [x])
