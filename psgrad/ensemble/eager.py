@@ -22,20 +22,25 @@ __all__ = ["eager_losses"]
 
 
 def eager_losses(
-    stacked: nn.Module,
-    fn: Callable[[Any, Any], Tensor],
-    args_of: Callable[[int], tuple[Any, ...]],
-    target_of: Callable[[int], Any],
-    randomness: MemberRandomness,
+    stacked: nn.Module, compute: Callable[[int], Tensor], randomness: MemberRandomness
 ) -> Tensor:
     """`[K]` losses, differentiable once, in the memory of one member's activations.
 
     Gradients reach the stacked parameters, and whatever else the loss depends on.
 
+    Parameters
+    ----------
+    stacked
+        The module with stacked parameters.
+    compute
+        Calls the module, which is member k then, and the loss function.
+    randomness
+        The members' random streams.
+
     Raises
     ------
     ShapeError
-        If `fn` does not return a scalar.
+        If a loss is no scalar.
 
     """
     slots = Slots(stacked)
@@ -48,7 +53,7 @@ def eager_losses(
         own = {t: part[k].requires_grad_(t.requires_grad) for t, part in parts.items()}
         with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
             with randomness.of(k):
-                loss = fn(stacked(*args_of(k)), target_of(k))
+                loss = compute(k)
             if loss.ndim:
                 raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
             losses.append(loss.detach())

@@ -18,6 +18,7 @@ from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
 from psgrad.ensemble.randomness import MemberRandomness, given_back, without_trace
+from psgrad.ensemble.single import SingleMember
 from psgrad.errors import ConfigError, MemberError, ShapeError
 from psgrad.loss import LossCheck, judge_member_loss
 
@@ -41,8 +42,8 @@ class Ensemble(nn.Module):
     stacked
         A module of the members' class that holds the stacked parameters and buffers. It is not to be
         called itself.
-    execution, randomness
-        How it runs, and the members' random streams.
+    execution, single, randomness
+        How it runs, how one member does, and the members' random streams.
 
     """
 
@@ -61,6 +62,7 @@ class Ensemble(nn.Module):
         self.stacked = stack_members(modules)
         self.randomness = randomness
         self.execution = Execution(self.stacked, strategy)
+        self.single = SingleMember(self.stacked)
         self.training = self.stacked.training
 
     @classmethod
@@ -181,7 +183,7 @@ class Ensemble(nn.Module):
 
         Notes
         -----
-        Where members run one after the other, the gradients are taken here, member by member, and
+        Where several members run one after the other, the gradients are taken here, member by member, and
         `backward` hands them on: once. Under `torch.no_grad` nothing of that is done.
 
         Raises
@@ -197,15 +199,18 @@ class Ensemble(nn.Module):
         self.check_own(inputs, own)
         captured = is_shadowed(self)  # then gradients are not to be taken before the backward pass
         why = None if captured else self.execution.refusal(inputs, own, self.members)
-        if why is not None and torch.is_grad_enabled() and not _scales_losses():
+        if why is not None and torch.is_grad_enabled():
+
+            def compute(k: int) -> Tensor:
+                arguments = (_part(value, k) if own else value for value in inputs)
+                return fn(self.stacked(*arguments), _part(y, k) if own else y)
+
             self.execution.note_loop(self.members, why)
-            return eager_losses(
-                self.stacked,
-                fn,
-                lambda k: tuple(_part(value, k) if own else value for value in inputs),
-                lambda k: _part(y, k) if own else y,
-                self.randomness,
-            )
+            single = self.single.loss(lambda: compute(0), self.randomness) if self.members == 1 else None
+            if single is not None:
+                return single
+            if not _scales_losses():
+                return eager_losses(self.stacked, compute, self.randomness)
         outputs = self(*inputs, own=own)
         judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)

@@ -46,11 +46,14 @@ class Execution:
         self.strategy = strategy
         self._graphs: dict[Hashable, FoldedGraph | str] = {}
         self._measures: dict[Hashable, float] = {}
-        self._last: EnsemblePlan | None = None
+        self._last: EnsemblePlan | tuple[int, str] | None = None  # a plan, or what one is made from
 
     @property
     def last_plan(self) -> EnsemblePlan | None:
         """How the last call ran."""
+        if isinstance(self._last, tuple):
+            members, why = self._last
+            self._last = EnsemblePlan(members, self._whole(why), why)
         return self._last
 
     def refusal(
@@ -104,7 +107,7 @@ class Execution:
 
     def note_loop(self, members: int, why: str) -> None:
         """Remember that a call ran member after member."""
-        self._last = EnsemblePlan(members, self._whole(why), why)
+        self._last = members, why
 
     def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""

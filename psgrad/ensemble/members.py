@@ -31,25 +31,78 @@ class Slots:
     """
 
     def __init__(self, stacked: nn.Module) -> None:
-        self._slots = [
+        modules = [stacked]
+        seen = {stacked}
+        for module in modules:  # as `modules()`, in a third of its time
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    modules.append(child)
+        self._slots: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
-            for module in stacked.modules()
+            for module in modules
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None
         ]
+        self.modules: list[nn.Module] = modules
+        """Each once."""
         self.tensors: list[Tensor] = list({id(tensor): tensor for *_, tensor in self._slots}.values())
+        """Stacked parameters and buffers, each once."""
+        tables = [t for m in modules for t in (m._modules, m._parameters, m._buffers)]
+        self._tables: list[tuple[dict[str, Any], list[int]]] = [
+            (t, list(map(id, t.values()))) for t in tables
+        ]
+
+    def hold(self) -> bool:
+        """Whether the module still has these modules, parameters and buffers, and no others."""
+        for table, ids in self._tables:
+            if (table or ids) and list(map(id, table.values())) != ids:
+                return False
+        return True
 
     @contextmanager
     def holding(self, parts: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Inside, every slot holds `parts[tensor]` in place of its tensor."""
+        """Inside, every slot holds `parts[tensor]` in place of its tensor.
+
+        A buffer that is assigned anew inside (`self.mean = ...`) is copied into its part.
+
+        Raises
+        ------
+        MemberError
+            If what was assigned is no tensor of the same shape and dtype, or takes a parameter's place.
+
+        """
         try:
             for table, name, tensor in self._slots:
-                table[name] = parts[tensor]  # type: ignore[assignment]  # a plain tensor, for a while
+                table[name] = parts[tensor]
             yield
+            for table, name, tensor in self._slots:
+                if table.get(name) is not parts[tensor]:
+                    _take(table.get(name), parts[tensor], name, isinstance(tensor, nn.Parameter))
         finally:
             for table, name, tensor in self._slots:
-                table[name] = tensor  # type: ignore[assignment]
+                table[name] = tensor
+
+
+def _take(assigned: Tensor | None, part: Tensor, name: str, is_parameter: bool) -> None:
+    """Copy what forward assigned to the name of a part into the part.
+
+    Raises
+    ------
+    MemberError
+        If it does not fit, or the part is a parameter.
+
+    """
+    alike = assigned is not None and (assigned.shape, assigned.dtype) == (part.shape, part.dtype)
+    if is_parameter or not alike:
+        raise MemberError(
+            f"forward replaces {name} by another parameter or one of another shape or dtype, which a stack of"
+            " members cannot hold: change it in place"
+        )
+    assert assigned is not None
+    with torch.no_grad():
+        part.copy_(assigned)
 
 
 def stack_members(modules: Sequence[nn.Module]) -> nn.Module:

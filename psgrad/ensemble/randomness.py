@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["MemberRandomness", "given_back", "without_trace"]
+__all__ = ["MemberRandomness", "given_back", "snapshot", "without_trace"]
 
 
 @contextmanager
@@ -20,22 +20,32 @@ def given_back() -> Iterator[None]:
         yield
 
 
+def snapshot(module: nn.Module, randomness: MemberRandomness) -> Callable[[], None]:
+    """Remember a module's buffers and the members' streams; what is returned puts them back."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    states = list(randomness.states)
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+        randomness.set_states(states)
+
+    return restore
+
+
 @contextmanager
 def without_trace(module: nn.Module, randomness: MemberRandomness) -> Iterator[None]:
     """Put a module's buffers and the members' streams back afterwards.
 
     A `torch.utils.checkpoint` around it does not see what is saved for a backward pass inside.
     """
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    states = list(randomness.states)
+    restore = snapshot(module, randomness)
     try:
         with saved_tensors_hooks(Tensor.detach, lambda t: t):
             yield
     finally:
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
-        randomness.set_states(states)
+        restore()
 
 
 class MemberRandomness:
@@ -67,16 +77,26 @@ class MemberRandomness:
         """`[K, bytes]` uint8: where every member's stream is."""
         return torch.stack([generator.get_state() for generator in self.generators])
 
-    @contextmanager
-    def of(self, k: int) -> Iterator[None]:
+    def of(self, k: int) -> _Stream:
         """Inside, the global CPU stream is that of member k, which goes on from there afterwards."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.generators[k].get_state())
-        try:
-            yield
-        finally:
-            self.generators[k].set_state(torch.get_rng_state())
-            torch.set_rng_state(outside)
+        return _Stream(self.generators[k])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MemberRandomness, (list(self.states),)
+
+
+class _Stream:
+    """A block in which the global CPU stream is that of a generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __enter__(self) -> None:
+        everyone = torch.default_generator
+        self._outside = everyone.get_state()
+        everyone.set_state(self._generator.get_state())
+
+    def __exit__(self, *_: object) -> None:
+        everyone = torch.default_generator
+        self._generator.set_state(everyone.get_state())
+        everyone.set_state(self._outside)

@@ -167,6 +167,45 @@ def test_frozen_and_unused_parameters_stay_and_join_later(ours: type, options: d
         torch.testing.assert_close(p[2], expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("where", ["gradient", "parameter", "state"])
+@pytest.mark.parametrize(("ours", "options"), [CASES[2], CASES[5], CASES[7]])
+def test_tensors_in_any_layout(ours: type, options: dict[str, Any], where: str) -> None:
+    """Fused kernels read memory from its start on, whatever the strides are."""
+    stacked = [torch.randn(4, 5, K, dtype=torch.float64).movedim(-1, 0)]  # [K, 4, 5], K innermost
+    if where != "parameter":
+        stacked = [p.contiguous() for p in stacked]
+    stacked = [p.requires_grad_() for p in stacked]
+    alone = [p.detach().clone().contiguous().requires_grad_() for p in stacked]
+    optimizers = ours(stacked, **options), THEIRS[ours](alone, **options)
+    for step in range(4):
+        for p, q in zip(stacked, alone, strict=True):
+            q.grad = gradient(q, 0.1, step).contiguous()
+            p.grad = q.grad.clone()
+            if where == "gradient":
+                p.grad = p.grad.movedim(0, -1).contiguous().movedim(-1, 0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, value in optimizers[0].state[stacked[0]].items():
+            if where == "state" and value.ndim:
+                optimizers[0].state[stacked[0]][name] = value.movedim(0, -1).contiguous().movedim(-1, 0)
+        for p, q in zip(stacked, alone, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_hooks_of_a_step_are_called_and_a_profiler_sees_it() -> None:
+    p = torch.ones(K, 2, requires_grad=True)
+    optimizer, called = SGD([p], lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    p.grad = torch.ones(K, 2)
+    optimizer.step()
+    assert called == ["before", "after"]
+    other = SGD([p], lr=0.1)
+    with torch.profiler.profile() as profile:
+        other.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
 def test_groups_with_rates_of_their_own() -> None:
     stacked = start()
     optimizer = SGD([{"params": stacked[:1], "lr": LR}, {"params": stacked[1:]}], lr=0.5, momentum=0.9)

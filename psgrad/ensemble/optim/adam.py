@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psgrad.ensemble.optim.base import Columns, EnsembleOptimizer
+from psgrad.ensemble.optim.fused import changed_by_fused, fits_fused
 from psgrad.ensemble.optim.per_member import PerMember, as_hyperparameter, numbers_of
 from psgrad.ensemble.optim.rules import add_scaled, decayed
 from psgrad.ensemble.optim.sgd import Values
@@ -79,22 +80,61 @@ class Adam(EnsembleOptimizer):
         grads: list[Tensor],
         columns: Columns,
     ) -> None:
-        by_age: dict[int, list[int]] = {}
-        for i, p in enumerate(parameters):
-            by_age.setdefault(self._older(p, group["amsgrad"]), []).append(i)
+        states = [self._state_of(p, group["amsgrad"]) for p in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        if self._update_fused(group, values, parameters, grads, states):
+            return
+        by_age: dict[int, list[int]] = {}  # what had no gradient before is younger than the others
+        for i, step in enumerate(steps):
+            by_age.setdefault(int(step), []).append(i)
         for age, chosen in by_age.items():
             some = [parameters[i] for i in chosen]
             self._update_alike(group, values, some, [grads[i] for i in chosen], age)
 
-    def _older(self, parameter: Tensor, amsgrad: bool) -> int:
-        """Count a step of a parameter; one that had no gradient before is younger than the others."""
-        state = self.state[parameter]
+    def _state_of(self, parameter: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
             state["step"] = torch.tensor(0.0)
             state.update({name: torch.zeros_like(parameter) for name in names})
-        state["step"] += 1
-        return int(state["step"])
+        return state
+
+    def _update_fused(
+        self,
+        group: dict[str, Any],
+        values: dict[str, Any],
+        parameters: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ) -> bool:
+        """Update by torch's fused kernel; False if that cannot be."""
+        lr, (beta1, beta2), decay = values["lr"], values["betas"], values["weight_decay"]
+        if any(isinstance(value, PerMember) for value in (lr, beta1, beta2, decay)):
+            return False
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
+        if not fits_fused(("cpu",), parameters, grads, first, second, largest):  # where the steps are
+            return False
+        update = torch._fused_adamw_ if self._decoupled else torch._fused_adam_
+        update(
+            parameters,
+            grads,
+            first,
+            second,
+            largest,
+            [state["step"] for state in states],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=decay,
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=False,
+        )
+        changed_by_fused(parameters)
+        return True
 
     def _update_alike(
         self,

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from psgrad.ensemble.optim.per_member import Hyperparameter, PerMember, as_hyperparameter, numbers_of
+from psgrad.ensemble.optim.per_member import (
+    Hyperparameter,
+    PerMember,
+    as_hyperparameter,
+    numbers_of,
+    simplest,
+)
 from psgrad.errors import ConfigError, MemberError
 
 __all__ = ["Columns", "EnsembleOptimizer"]
@@ -126,7 +133,15 @@ class EnsembleOptimizer(Optimizer):
                 raise ConfigError(f"{name} must be in [{least:g}, {most:g}), got {number!r}")
         return value
 
-    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or set them to zero."""
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:  # without what torch does for its profiler
+            for p in group["params"]:
+                p.grad = None
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -139,26 +154,46 @@ class EnsembleOptimizer(Optimizer):
             number of values.
 
         """
+        if (
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        ):
+            return self._hooked_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+    """Torch does not wrap it: a record for a profiler that is off takes longer than a small update."""
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            for p in parameters:
+            parameters, grads = [], []
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
                 if p.shape[0] != group["members"]:
                     raise MemberError(
                         f"the ensemble has {p.shape[0]} members, its optimizer {group['members']}: call"
                         " keep with the same indices on both"
                     )
-                if p.grad.layout != torch.strided:
-                    raise ConfigError(f"a gradient is {p.grad.layout}: sparse ones are not supported")
-            self._update(
-                group, self._values(group), parameters, [p.grad for p in parameters], Columns(parameters)
-            )
+                if grad.layout != torch.strided:
+                    raise ConfigError(f"a gradient is {grad.layout}: sparse ones are not supported")
+                parameters.append(p)
+                grads.append(grad)
+            if parameters:
+                values = {name: simplest(value) for name, value in self._values(group).items()}
+                self._update(group, values, parameters, grads, Columns(parameters))
         return loss
+
+    _hooked_step = Optimizer.profile_hook_step(_step)
 
     @abstractmethod
     def _update(
@@ -176,7 +211,7 @@ class EnsembleOptimizer(Optimizer):
         group
             With what is no member's own.
         values
-            The hyperparameters that may differ by member, each a float or `PerMember`.
+            The hyperparameters that may differ by member, each a float, or a `PerMember` of several.
         parameters, grads
             `[K, ...]`, as many of one as of the other.
         columns

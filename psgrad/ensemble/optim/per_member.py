@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psgrad.errors import ConfigError, MemberError
 
-__all__ = ["Hyperparameter", "PerMember", "as_hyperparameter", "numbers_of"]
+__all__ = ["Hyperparameter", "PerMember", "as_hyperparameter", "numbers_of", "simplest"]
 
 
 class PerMember:
@@ -126,6 +126,8 @@ def as_hyperparameter(name: str, value: Any, members: int) -> Hyperparameter:
         If it is neither a number nor K of them; `name` is in the message.
 
     """
+    if type(value) is float:  # nearly always, and in every step
+        return value
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, Real):
@@ -144,3 +146,14 @@ def as_hyperparameter(name: str, value: Any, members: int) -> Hyperparameter:
 def numbers_of(value: Hyperparameter) -> tuple[float, ...]:
     """Return the numbers, to be checked."""
     return value.values if isinstance(value, PerMember) else (value,)
+
+
+def simplest(value: Any) -> Any:
+    """Return a number in place of one a member where there is one member; of a tuple, each of its values.
+
+    Several members with the same number stay apart: a kernel that rounds otherwise must not be chosen for
+    one because of what another's number is.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(simplest, value))
+    return value[0] if isinstance(value, PerMember) and len(value) == 1 else value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from psgrad.ensemble.optim.base import Columns, EnsembleOptimizer
+from psgrad.ensemble.optim.fused import changed_by_fused, fits_fused
 from psgrad.ensemble.optim.per_member import Hyperparameter, PerMember, numbers_of
 from psgrad.ensemble.optim.rules import add_scaled, decayed
 from psgrad.errors import ConfigError
@@ -74,6 +75,8 @@ class SGD(EnsembleOptimizer):
         grads: list[Tensor],
         columns: Columns,
     ) -> None:
+        if self._update_fused(group, values, parameters, grads):
+            return
         grads = decayed(grads, parameters, values["weight_decay"], columns)
         momentum = values["momentum"]
         if any(numbers_of(momentum)):
@@ -86,6 +89,31 @@ class SGD(EnsembleOptimizer):
             else:
                 grads = buffers
         add_scaled(parameters, grads, -values["lr"], columns)
+
+    def _update_fused(
+        self, group: dict[str, Any], values: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]
+    ) -> bool:
+        """Update by torch's fused kernel; False if that cannot be, or a buffer is to be made."""
+        momentum = values["momentum"]
+        if any(isinstance(value, PerMember) for value in values.values()):
+            return False
+        buffers = [self.state[p].get("momentum_buffer") for p in parameters] if momentum else []
+        if any(b is None for b in buffers) or not fits_fused(("cpu", "cuda"), parameters, grads, buffers):
+            return False
+        torch._fused_sgd_(
+            parameters,
+            grads,
+            buffers,
+            weight_decay=values["weight_decay"],
+            momentum=momentum,
+            lr=values["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=False,
+        )
+        changed_by_fused(parameters)
+        return True
 
     def _buffers(
         self,
