@@ -17,7 +17,7 @@ from psgrad.bench.ensemble_models import MODELS, built
 from psgrad.bench.gate import Verdict
 from psgrad.bench.process_memory import peak_of_steps
 from psgrad.bench.timing import Measurement, interleave, on_cpu, on_cuda
-from psgrad.bench.two_processes import shares, two_processes
+from psgrad.bench.two_processes import PROCESSES, shares, two_processes
 
 __all__ = ["CONTENDERS", "LOOP", "Cell", "EnsembleResult", "measure_cell", "peak_memory"]
 
@@ -82,6 +82,7 @@ def measure_cell(
 ) -> list[EnsembleResult] | str:
     """Gate every contender over two steps in float64, time those that are right against the loop in float32.
 
+    Who shares members out between processes takes part where there are enough of them.
     In float32 the loop itself may be off by a percent after two steps: a BatchNorm or a pooling amplifies.
 
     Parameters
@@ -128,7 +129,7 @@ def measure_cell(
     found: list[EnsembleResult] = []
     runs: dict[str, Callable[[], object]] = {}
     with ExitStack() as fits:
-        for contender, maker in CONTENDERS.items():
+        for contender, maker in _contenders(cell).items():
             if (why := over()) is not None:
                 return why
             verdict = _verdict(maker, cell, x, y, truth, start)
@@ -182,6 +183,15 @@ def peak_memory(cell: Cell, contender: str, *, device: str = "cpu", timeout: flo
         for seeds in parts
     ]
     return sum(p for p in peaks if p is not None) if None not in peaks else None
+
+
+def _contenders(cell: Cell) -> dict[str, Make]:
+    """Who can fit so many members."""
+    return {
+        name: maker
+        for name, maker in CONTENDERS.items()
+        if maker is not two_processes or cell.members >= PROCESSES
+    }
 
 
 def _with_memory(

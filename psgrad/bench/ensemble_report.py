@@ -43,6 +43,8 @@ def write(
     parts = ["# Training steps of K models at once: speed over the loop", "\n".join(acceptance(results))]
     parts += ["\n".join(f"- {key}: {value}" for key, value in about.items()), NOTES]
     parts += ["![Speed and memory](bench.png)", _table(results, _speed)]
+    if any(r.cell.members == 1 for r in results):
+        parts.append("Two processes need two members: of one there is nothing to measure.")
     if any(r.loop_memory for r in results):
         parts += ["## Peak memory, MiB", _table(results, _memory, _loop_memory)]
     if left_out:

@@ -141,7 +141,7 @@ def _work(connection: Connection) -> None:
     while True:
         try:
             what, *about = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         found: object = None
         try:
@@ -156,6 +156,10 @@ def _work(connection: Connection) -> None:
                 case "parameters":
                     assert fit is not None
                     found = [p.detach().clone() for p in fit.parameters(about[0])]
-            connection.send((True, found))
+            answer: tuple[bool, object] = True, found
         except Exception as err:  # said where the step was asked for
-            connection.send((False, f"{type(err).__name__}: {err}"))
+            answer = False, f"{type(err).__name__}: {err}"
+        try:
+            connection.send(answer)
+        except OSError:  # nobody is there any more
+            return

@@ -8,7 +8,7 @@ which for K separate scalar losses is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
 
-__all__ = ["eager_losses"]
+__all__ = ["KeptBlocks", "eager_losses"]
 
 
 def eager_losses(
-    stacked: nn.Module, compute: Callable[[int], Tensor], randomness: MemberRandomness
+    stacked: nn.Module, compute: Callable[[int], Tensor], randomness: MemberRandomness, kept: KeptBlocks
 ) -> Tensor:
     """`[K]` losses, differentiable once, in the memory of one member's activations.
 
@@ -36,6 +36,8 @@ def eager_losses(
         Calls the module, which is member k then, and the loss function.
     randomness
         The members' random streams.
+    kept
+        Memory of the last step's gradients.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def eager_losses(
     slots = Slots(stacked)
     trained = [t for t in slots.tensors if t.requires_grad]
     parts = {t: t.detach().unbind() for t in slots.tensors}
-    gradients = _Gradients(len(trained), len(randomness.generators))
+    gradients = _Gradients(len(trained), len(randomness.generators), kept)
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
     for k in range(len(randomness.generators)):
@@ -70,19 +72,65 @@ def eager_losses(
             if grad is not None:
                 foreign.setdefault(other, []).append((k, grad))
         del found
-    return _Losses.apply(torch.stack(losses), gradients.stacked, list(foreign.values()), *trained, *foreign)
+    # tensors of their own on the same storage: autograd clones for .grad what somebody else holds
+    ready = [None if block is None else block.detach() for block in gradients.stacked]
+    kept.keep(gradients.stacked)
+    del gradients
+    return _Losses.apply(torch.stack(losses), ready, list(foreign.values()), *trained, *foreign)
+
+
+class KeptBlocks:
+    """Memory of large stacked gradients on the CPU, kept from step to step.
+
+    The system's allocator gives back what is larger than 32 MiB at once, and new memory costs a page fault
+    every 4 KiB: for a ResNet-18, a tenth of a step. A block is handed out again only when nobody else holds
+    its storage: no `.grad`, no view of one, no graph that is still to be run backward.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def take(self, grad: Tensor, members: int) -> Tensor:
+        """`[K, *grad.shape]`, of any values."""
+        shape = torch.Size((members, *grad.shape))
+        if grad.device.type != "cpu" or shape.numel() * grad.element_size() < _LARGE:
+            return grad.new_empty(shape)
+        free = _uses(torch.empty(1))
+        for i, block in enumerate(self._blocks):
+            if block.shape == shape and block.dtype == grad.dtype and _uses(block) == free:
+                return self._blocks.pop(i)
+        return grad.new_empty(shape)
+
+    def keep(self, blocks: Iterable[Tensor | None]) -> None:
+        """Keep these, and none that was kept before and is in use or was not taken."""
+        self._blocks = [
+            block
+            for block in blocks
+            if block is not None and block.device.type == "cpu" and block.nbytes >= _LARGE
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptBlocks, ()
+
+
+_LARGE = 2**20
+"""Bytes from which on a block is kept."""
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many hold a tensor's storage."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 class _Gradients:
     """Gradients of K members, stacked as they come.
 
-    Each is copied into its place at once, out of memory that the next member's then uses again: K of them
-    side by side until all are there would come from pages that nobody has touched, which costs more than
-    the copy.
+    Each is copied into its place at once, out of memory that the next member's then uses again.
     """
 
-    def __init__(self, parameters: int, members: int) -> None:
+    def __init__(self, parameters: int, members: int, kept: KeptBlocks) -> None:
         self._members = members
+        self._kept = kept
         self.stacked: list[Tensor | None] = [None] * parameters
         """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
 
@@ -92,12 +140,9 @@ class _Gradients:
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            if self._members == 1:
-                self.stacked[i] = grad.unsqueeze(0)  # no copy
-                continue
             block = self.stacked[i]
             if block is None:
-                block = self.stacked[i] = grad.new_empty(self._members, *grad.shape)
+                block = self.stacked[i] = self._kept.take(grad, self._members)
                 block[:k].zero_()
             places.append(block[k])
             found.append(grad)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from psgrad.capture import Consumer
 from psgrad.capture.shadow import is_shadowed
-from psgrad.ensemble.eager import eager_losses
+from psgrad.ensemble.eager import KeptBlocks, eager_losses
 from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.losses import member_losses
 from psgrad.ensemble.members import member_of, stack_members, tensors_of
@@ -42,8 +42,8 @@ class Ensemble(nn.Module):
     stacked
         A module of the members' class that holds the stacked parameters and buffers. It is not to be
         called itself.
-    execution, single, randomness
-        How it runs, how one member does, and the members' random streams.
+    execution, single, kept, randomness
+        How it runs, how one member does, memory for gradients, and the members' random streams.
 
     """
 
@@ -63,6 +63,7 @@ class Ensemble(nn.Module):
         self.randomness = randomness
         self.execution = Execution(self.stacked, strategy)
         self.single = SingleMember(self.stacked)
+        self.kept = KeptBlocks()
         self.training = self.stacked.training
 
     @classmethod
@@ -210,7 +211,7 @@ class Ensemble(nn.Module):
             if single is not None:
                 return single
             if not _scales_losses():
-                return eager_losses(self.stacked, compute, self.randomness)
+                return eager_losses(self.stacked, compute, self.randomness, self.kept)
         outputs = self(*inputs, own=own)
         judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)

@@ -41,8 +41,14 @@ class FoldedGraph:
         self.members = members
         self.steps: list[Step] = []
         self._elements = 0
+        self._parameters = sum(p.numel() for p in stacked.parameters()) / members
         self._looped: dict[fx.Node, str] = {}
         self._last_use = _last_uses(graph)
+
+    @property
+    def parameters(self) -> float:
+        """How many parameters one member has for a step of the last run, on average."""
+        return self._parameters / max(1, len(self.steps))
 
     @property
     def elements(self) -> float:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from psgrad import ConfigError, PsgradError
-from psgrad.bench import ensemble
+from psgrad.bench import ensemble, ensemble_report
 from psgrad.bench.ensemble import Cell, measure_cell, peak_memory
 from psgrad.bench.ensemble_fits import Fit, loop
 from psgrad.bench.ensemble_models import MODELS, built
@@ -39,13 +43,69 @@ def test_who_is_wrong_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong by" in result.reason
 
 
-def test_one_member_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_member_is_for_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ensemble, "CONTENDERS", {"loop": loop, "two processes": two_processes})
-    plain, both = measure_cell(Cell("mlp", 1, 2), rounds=1, memory=True)
+    (plain,) = measure_cell(Cell("mlp", 1, 2), rounds=1, memory=True)
     assert plain.measurement is not None
     assert plain.memory
-    assert both.measurement is None
-    assert "1 member for 2 processes" in both.reason
+    both = measure_cell(Cell("mlp", 2, 2), rounds=1)
+    assert [r.contender for r in both if r.measurement] == ["loop", "two processes"]
+    ensemble_report.write([plain, *both], {}, {}, tmp_path)
+    report = (tmp_path / "bench.md").read_text()
+    first, second = [line.split("|") for line in report.splitlines() if line.startswith("| mlp")][:2]
+    assert first[-2].strip() == ""
+    assert second[-2].strip().endswith("x")
+    assert "need two members" in report
+    with pytest.raises(ConfigError, match="1 member for 2 processes"):
+        two_processes(models(1))
+
+
+_PARENT = """
+import multiprocessing, sys, torch
+from tests.bench.test_ensemble import data, models
+from psgrad.bench.two_processes import two_processes
+if __name__ == "__main__":
+    fit = two_processes(models())
+    batch = data()
+    fit.step(*batch)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    while True:
+        fit.step(*batch) if sys.argv[1] == "working" else sys.stdin.read()
+"""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("state", ["waiting", "working"])
+def test_processes_end_when_who_started_them_is_killed(state: str, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(_PARENT)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, script, state],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(_runs, pids))
+    finally:
+        parent.kill()
+        parent.communicate()
+    end = time.monotonic() + 20
+    while any(map(_runs, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(_runs, pids))
 
 
 def test_a_cell_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

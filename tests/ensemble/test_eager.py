@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,3 +116,79 @@ def test_a_parameter_that_some_members_do_not_use_has_zeros_there(right: tuple[i
             continue
         for k, grad in enumerate(alone):
             torch.testing.assert_close(p.grad[k], torch.zeros_like(p[k]) if grad is None else grad)
+
+
+def large() -> nn.Module:
+    return nn.Sequential(nn.Linear(600, 500, bias=False), nn.Tanh(), nn.Linear(500, 3))
+
+
+def _gradients(ens: Ensemble, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Each member's, alone."""
+    found = []
+    for k in range(ens.members):
+        member = ens.member(k)
+        F.cross_entropy(member(x), y).backward()
+        found.append(next(member.parameters()).grad)
+    return found
+
+
+def _held(how: str, grad: Tensor) -> object:
+    kinds = {"gradient": grad, "view": grad[1], "numpy": grad.numpy(), "detached": grad.detach(), "no": None}
+    return kinds[how]
+
+
+@pytest.mark.parametrize("how", ["gradient", "view", "numpy", "detached", "no"])
+def test_memory_of_large_gradients_is_used_again_when_nobody_holds_it(how: str) -> None:
+    ens = Ensemble.from_factory(large, range(2), strategy="loop")
+    weight = ens.stacked[0].weight
+    x, y = torch.randn(2, 5, 600), torch.randint(0, 3, (2, 5))
+    ens.loss(F.cross_entropy, x[0], y[0]).sum().backward()
+    assert weight.grad.nbytes >= 2**20
+    where, held = weight.grad.data_ptr(), _held(how, weight.grad)
+    before = copy.deepcopy(held)
+    ens.zero_grad()
+    ens.loss(F.cross_entropy, x[1], y[1]).sum().backward()
+    assert (weight.grad.data_ptr() == where) == (how == "no")
+    for grad, expected in zip(weight.grad, _gradients(ens, x[1], y[1]), strict=True):
+        torch.testing.assert_close(grad, expected)
+    if how != "no":
+        assert bool((held == before).all())
+
+
+def test_large_gradients_of_several_losses_add_up() -> None:
+    ens = Ensemble.from_factory(large, range(2), strategy="loop")
+    weight = ens.stacked[0].weight
+    x, y = torch.randn(4, 5, 600), torch.randint(0, 3, (4, 5))
+    total = sum(torch.stack(_gradients(ens, x[i], y[i])) for i in range(4))
+    ens.loss(F.cross_entropy, x[0], y[0]).sum().backward()
+    first, second = (ens.loss(F.cross_entropy, x[i], y[i]) for i in (1, 2))  # both graphs before either
+    second.sum().backward()
+    first.sum().backward()
+    ens.loss(F.cross_entropy, x[3], y[3]).sum().backward()
+    torch.testing.assert_close(weight.grad, total)
+    ens.zero_grad(set_to_none=False)
+    for i in range(4):
+        ens.loss(F.cross_entropy, x[i], y[i]).sum().backward()
+    torch.testing.assert_close(weight.grad, total)
+
+
+def test_a_loss_that_is_never_run_backward_gives_its_memory_back() -> None:
+    ens = Ensemble.from_factory(large, range(2), strategy="loop")
+    x, y = torch.randn(5, 600), torch.randint(0, 3, (5,))
+    pending = ens.loss(F.cross_entropy, x, y)
+    where = max(pending.grad_fn.grads, key=Tensor.numel).data_ptr()
+    kept = ens.loss(F.cross_entropy, x, y)
+    assert max(kept.grad_fn.grads, key=Tensor.numel).data_ptr() != where
+    kept.sum().backward()
+    pending.sum().backward()
+    torch.testing.assert_close(
+        ens.stacked[0].weight.grad, 2 * torch.stack(_gradients(ens, x, y)), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_large_weights_are_not_folded_and_the_plan_says_so() -> None:
+    ens = Ensemble.from_factory(lambda: nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600)), range(2))
+    ens(torch.randn(5, 600))
+    assert "360,600 parameters a step and member" in str(ens.plan(torch.randn(5, 600)))
+    folded = Ensemble.from_factory(lambda: nn.Linear(600, 600), range(2), strategy="folded")
+    assert folded.plan(torch.randn(5, 600)).refusal is None
