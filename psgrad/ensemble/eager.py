@@ -52,7 +52,9 @@ def eager_losses(
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
     for k in range(len(randomness.generators)):
-        own = {t: part[k].requires_grad_(t.requires_grad) for t, part in parts.items()}
+        own = {t: part[k] for t, part in parts.items()}
+        for t in trained:
+            own[t].requires_grad_()
         with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
             with randomness.of(k):
                 loss = compute(k)
@@ -62,7 +64,7 @@ def eager_losses(
             leaves = [own[t] for t in trained]
             others = _other_leaves(loss, leaves)
             wanted = [*leaves, *others]
-            found = (
+            found: Sequence[Tensor | None] = (
                 torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
                 if loss.requires_grad
                 else (None,) * len(wanted)
@@ -133,25 +135,23 @@ class _Gradients:
         self._kept = kept
         self.stacked: list[Tensor | None] = [None] * parameters
         """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
+        self._places: list[Sequence[Tensor]] = [()] * parameters
 
     def put(self, k: int, grads: Sequence[Tensor | None]) -> None:
         """Take member k's, whose turn is after member k - 1's; None counts as zero where others have one."""
-        places, found = [], []
+        found = [grad for grad in grads if grad is not None]
+        if len(found) == len(grads) and all(self._places):
+            torch._foreach_copy_([places[k] for places in self._places], found)
+            return
         for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            block = self.stacked[i]
-            if block is None:
+            if grad is not None and not self._places[i]:
                 block = self.stacked[i] = self._kept.take(grad, self._members)
+                self._places[i] = block.unbind()
                 block[:k].zero_()
-            places.append(block[k])
-            found.append(grad)
-        if found:
-            torch._foreach_copy_(places, found)
-        if len(found) < len(grads):
-            for block, grad in zip(self.stacked, grads, strict=True):
-                if block is not None and grad is None:
-                    block[k].zero_()
+            if grad is not None:
+                self._places[i][k].copy_(grad)
+            elif self._places[i]:
+                self._places[i][k].zero_()
 
 
 class _Losses(torch.autograd.Function):
@@ -194,16 +194,18 @@ class _Losses(torch.autograd.Function):
 def _other_leaves(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that the loss depends on besides a member's own parameters: found in its graph."""
     own = {id(leaf) for leaf in leaves}
-    seen: set[Any] = set()
-    pending: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {loss.grad_fn}
+    pending = [loss.grad_fn] if loss.grad_fn is not None else []
     others: list[Tensor] = []
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not node.next_functions and id(variable) not in own:
-            others.append(variable)
-        pending += [following for following, _ in node.next_functions]
+        following = node.next_functions
+        if not following:
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in own:
+                others.append(variable)
+        for other, _ in following:
+            if other is not None and other not in seen:
+                seen.add(other)
+                pending.append(other)
     return others
