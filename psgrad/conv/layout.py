@@ -28,7 +28,10 @@ def move_batch_dim_to_front(t: Tensor, bdim: int | None) -> Tensor:
         If `bdim` is out of range.
 
     """
-    return t if bdim is None else t.movedim(_axis(bdim, t.ndim, "bdim"), 0)
+    if bdim is None:
+        return t
+    bdim = _axis(bdim, t.ndim, "bdim")
+    return t if bdim == 0 else t.movedim(bdim, 0)
 
 
 def reshape_dim_into(bdim: int, dim: int, t: Tensor) -> Tensor:
@@ -45,8 +48,9 @@ def reshape_dim_into(bdim: int, dim: int, t: Tensor) -> Tensor:
     """
     bdim = _axis(bdim, t.ndim, "bdim")
     dim = _axis(dim, t.ndim - 1, "dim")
-    moved = t.movedim(bdim, dim)
-    return moved.flatten(dim, dim + 1)
+    if bdim != dim:
+        t = t.transpose(bdim, dim) if abs(bdim - dim) == 1 else t.movedim(bdim, dim)
+    return t.flatten(dim, dim + 1)
 
 
 def reshape_dim_outof(dim: int, size: int, t: Tensor) -> Tensor:
@@ -59,22 +63,23 @@ def reshape_dim_outof(dim: int, size: int, t: Tensor) -> Tensor:
         `rest` is not determined: it is taken to be 0.
 
     """
-    dim = _axis(dim, t.ndim, "dim")
-    length = t.shape[dim]
+    shape = t.shape
+    dim = _axis(dim, len(shape), "dim")
+    length = shape[dim]
     if length % size if size else length:
-        raise ShapeError(f"axis {dim} of {tuple(t.shape)} does not split into {size} equal parts")
+        raise ShapeError(f"axis {dim} of {tuple(shape)} does not split into {size} equal parts")
     rest = length // size if size else 0
-    return t.reshape(*t.shape[:dim], size, rest, *t.shape[dim + 1 :])
+    return t.reshape((*shape[:dim], size, rest, *shape[dim + 1 :]))
 
 
 def make_dummy(t: Tensor, bdim: int | None, dim: int, batch_size: int) -> Tensor:
     """Return a tensor of the unbatched shape of `t`, axis `dim` `batch_size` times as long.
 
     It stands where a backend wants a shape and must not read a value: one uninitialised element of
-    storage, expanded.
+    storage, with a stride of 0 on every axis.
     """
     shape = list(t.shape)
     if bdim is not None:
         del shape[_axis(bdim, t.ndim, "bdim")]
     shape[_axis(dim, len(shape), "dim")] *= batch_size
-    return torch.empty((), dtype=t.dtype, device=t.device).expand(shape)
+    return torch.empty_strided(shape, (0,) * len(shape), dtype=t.dtype, device=t.device)

@@ -20,6 +20,7 @@ from psgrad.conv import (
     convolution_batch_rule,
     cudnn_conv_per_sample_grad_rule,
     slow_fallback,
+    verbs,
 )
 from psgrad.conv.problem import normalise
 from psgrad.conv.rules import _convolution_batch_rule
@@ -207,6 +208,30 @@ def test_per_sample_path(
         assert (grad is not None) == wanted
         if grad is not None:
             close(stacked(grad, bdim, o.batch), right)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "by_strategy"), [(256, 1, 8, True), (64, 64, 32, False)]
+)
+def test_auto_leaves_the_general_rules_for_a_clearly_faster_strategy(
+    channels: int, groups: int, size: int, by_strategy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, g = torch.randn(2, 32, 1, channels, size, size).unbind()
+    w = torch.randn(channels, channels // groups, 3, 3)
+    geometry = ConvGeometry(3, padding=1, groups=groups)
+    used: list[str] = []
+
+    def weight_grads(*arguments):
+        used.append(arguments[-1])
+        return verbs.weight_grads(*arguments)
+
+    monkeypatch.setattr("psgrad.conv.rules.per_sample.weight_grads", weight_grads)
+    mask = (False, True, False)
+    _, (grad, bdim), _ = cudnn_conv_per_sample_grad_rule(g, 0, x, 0, w, None, geometry, mask)
+    assert bool(used) == by_strategy
+    assert bdim == 0
+    _, (right, _), _ = convolution_backward_batch_rule(g, 0, x, 0, w, None, geometry, mask)
+    torch.testing.assert_close(grad, right, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,56 @@ def test_more_that_does_not_fit() -> None:
         cudnn_conv_per_sample_grad_rule(G, 0, X, 0, W, None, PAIR, (True,) * 3, "fastest")
     with pytest.raises(StrategyError, match="no strategy"):  # also where it would not be used
         cudnn_conv_per_sample_grad_rule(G, 0, X, 0, W, None, PAIR, (True, False, False), "fastest")
+
+
+# The bias: added by the operator, in place, or out of place where somebody records
+
+
+@pytest.mark.parametrize("batched", ["wb", "xwb", "xb"])
+@each_direction
+def test_a_bias_makes_no_second_output(batched: str, transposed: bool) -> None:
+    o = operands(batched, transposed, 1, 2, bias=True, batch=3)
+    x, x_bdim, w, w_bdim, b, _ = o.forward
+    kept = [t.clone() for t in (x, w, b)]
+    with Allocations() as bare:
+        convolution_batch_rule(x, x_bdim, w, w_bdim, None, None, o.geometry)
+    with Allocations() as biased:
+        out, bdim = convolution_batch_rule(*o.forward, o.geometry)
+    assert biased.bytes - bare.bytes < out.numel() * out.element_size()
+    close(stacked(out, bdim, 3), loop_forward(o))
+    assert all(torch.equal(t, before) for t, before in zip((x, w, b), kept, strict=True))
+
+
+@pytest.mark.parametrize("batched", ["b", "xb", "wb", "xw", "xwb"])
+@pytest.mark.parametrize("recorded", ["grad", "requires_grad of the bias", "tangent"])
+@pytest.mark.parametrize("groups", [1, 2])
+@each_direction
+def test_a_recorded_bias_keeps_its_derivatives(
+    batched: str, recorded: str, groups: int, transposed: bool
+) -> None:
+    """Writing over an output that is recorded would lose or falsify them."""
+    o = operands(batched, transposed, groups, 2, bias=True, batch=3)
+    x, x_bdim, w, w_bdim, b, b_bdim = o.forward
+
+    def total(bias: Tensor) -> Tensor:
+        out, bdim = convolution_batch_rule(x, x_bdim, w, w_bdim, bias, b_bdim, o.geometry)
+        return stacked(out, bdim, 3).pow(2).sum()
+
+    out, bdim = convolution_batch_rule(*o.forward, o.geometry)
+    over = 2 * stacked(out, bdim, 3).flatten(3).sum((1, 3))  # of every entry and channel
+    expected = over.sum(0) if b_bdim is None else over.movedim(0, b_bdim)
+    if recorded == "grad":
+        close(torch.func.grad(total)(b), expected)
+    elif recorded == "tangent":
+        close(torch.func.jvp(total, (b,), (torch.ones_like(b),))[1], expected.sum())
+    else:
+        leaf = b.clone().requires_grad_()
+        close(torch.autograd.grad(total(leaf), leaf)[0], expected)
+
+
+def test_sums_of_types_are_promoted_not_written_over() -> None:
+    o = operands("xb", False, 1, 2, bias=True, batch=3)
+    x, x_bdim, w, w_bdim, b, b_bdim = o.forward
+    out, bdim = convolution_batch_rule(x.float(), x_bdim, w.float(), w_bdim, b, b_bdim, o.geometry)
+    assert out.dtype == torch.float64
+    assert torch.allclose(stacked(out, bdim, 3), loop_forward(o), atol=1e-4)

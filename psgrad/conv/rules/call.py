@@ -12,10 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from psgrad.conv.geometry import ConvGeometry
 
-__all__ = ["Batched", "Call", "batch_length", "call_of", "with_one_entry", "without_entries"]
+__all__ = ["Batched", "Call", "batch_length", "call_of", "is_recorded", "with_one_entry", "without_entries"]
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 Batched = tuple[Tensor, int | None]
 """A tensor and the position of its `B`."""
@@ -69,11 +73,11 @@ class Call(NamedTuple):
         self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int, mask: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         """Run `aten::convolution_backward`; what the mask leaves out is None."""
-        if mask[1] and x.is_contiguous():
+        if mask[1] and 1 in x.shape and x.is_contiguous():
             # A fold may leave a stride on an axis of one element that reads as channels_last, and the
             # CPU's native backend then fails: this gives the strides of the plain format.
             x = x.view(-1).view(x.shape)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad_x, grad_weight, _ = _convolution_backward(
             grad_output,
             x,
             weight,
@@ -162,3 +166,15 @@ def with_one_entry(t: Tensor, bdim: int | None) -> Tensor:
 def without_entries(t: Tensor, bdim: int | None) -> Batched:
     """Drop every entry of `B`; a result without `B` stays as it is."""
     return (t if bdim is None else t.narrow(bdim, 0, 0)), bdim
+
+
+def is_recorded(*operands: Tensor) -> bool:
+    """Whether an outer transform, autograd or forward-mode AD follows an operation on these tensors.
+
+    If not, a rule may write into a tensor that it made itself.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or any(is_functorch_wrapped_tensor(t) for t in operands)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+    )

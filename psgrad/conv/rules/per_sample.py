@@ -12,6 +12,9 @@ from torch.autograd import forward_ad
 from psgrad.conv.choice import check_strategy
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import move_batch_dim_to_front
+from psgrad.conv.live import live_kernel
+from psgrad.conv.planner import choose
+from psgrad.conv.problem import WeightGradProblem, problem_of
 from psgrad.conv.rules.backward import Gradients, backward, compute_grad_bias, mask_of
 from psgrad.conv.rules.call import Call
 from psgrad.conv.rules.checks import check_backward
@@ -19,6 +22,9 @@ from psgrad.conv.rules.input_grad import input_grad
 from psgrad.conv.verbs import weight_grads
 
 __all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
+
+_CLEARLY_FASTER = 0.75
+"""Part of the estimate for "grouped" that the general rule may take, which needs no chunks."""
 
 
 def per_sample_refusal(
@@ -109,19 +115,29 @@ def per_sample_backward(
     if not want_weight or per_sample_refusal(grad_output, gbdim, x, xbdim, wbdim) is not None:
         return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
     # B1(GO), B1(GI) -> B(GO), B(GI): B takes the place of the samples; B(GO)I comes back
-    grad_weight = weight_grads(
-        move_batch_dim_to_front(x, xbdim).squeeze(1),
-        move_batch_dim_to_front(grad_output, gbdim).squeeze(1),
-        weight.shape,
-        geometry,
-        strategy,
-    )
+    samples = move_batch_dim_to_front(x, xbdim).squeeze(1)
+    sample_grads = move_batch_dim_to_front(grad_output, gbdim).squeeze(1)
+    if strategy == "auto" and x.device.type == "cpu":
+        problem = problem_of(samples, sample_grads, weight.shape, geometry, 1)
+        if live_kernel(problem) is None and _general_rule_serves(problem):
+            return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
+    grad_weight = weight_grads(samples, sample_grads, weight.shape, geometry, strategy)
     grad_bias = compute_grad_bias(grad_output, output_mask, gbdim)
     return (
         input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call) if want_x else (None, None),
         (grad_weight, 0),
         (grad_bias, 0 if want_bias else None),
     )
+
+
+def _general_rule_serves(problem: WeightGradProblem) -> bool:
+    """Whether no strategy promises to be clearly faster than the general rule.
+
+    That is "grouped" in one call, without its chunks and the copy of what they made: faster than the
+    planner's estimate for it. Who replaces it has to promise more than that.
+    """
+    plan = choose(problem, "grads")
+    return plan.seconds[plan.chosen] > _CLEARLY_FASTER * plan.seconds["grouped"]
 
 
 def _is_dual(t: Tensor) -> bool:
