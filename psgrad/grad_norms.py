@@ -7,6 +7,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
+from psgrad.added_norm import AddedNorm
 from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
@@ -23,7 +24,9 @@ class _Seen:
 
     norms: Tensor
     per_layer: dict[str, Tensor]
-    squared_norm_of_mean: Tensor
+    squared_norm_of_sum: AddedNorm
+    divisor: int
+    """Of the sum that landed in `.grad`, to be a mean over samples."""
 
 
 class GradNorms:
@@ -108,10 +111,12 @@ class GradNorms:
         Raises
         ------
         ConfigError
-            If there was none, or it had fewer than two samples.
+            If there was none, or it had fewer than two samples; or if `p.grad` has been changed since, or set
+            to None: it is computed from there, when it is asked for.
 
         """
-        return noise_scale(self.norms, self._last.squared_norm_of_mean)
+        seen = self._last
+        return noise_scale(seen.norms, seen.squared_norm_of_sum.value() / seen.divisor**2)
 
     def outliers(self, factor: float = 3.5, *, member: int | None = None) -> Tensor:
         """Return the samples of the last backward pass with unusually large norms.
@@ -161,7 +166,8 @@ class GradNorms:
         self._seen = _Seen(
             norms * samples if mean else norms,
             {path: layer * samples if mean else layer for path, layer in per_layer.items()},
-            squared_norm if mean else squared_norm / max(1, samples) ** 2,
+            squared_norm,
+            1 if mean else max(1, samples),
         )
 
     def abandon(self) -> None:

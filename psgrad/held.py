@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from psgrad.added_norm import AddedNorm
 from psgrad.capture.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.conv.reused import Blocks
 from psgrad.layers.base import squared_norms
@@ -132,7 +133,7 @@ class Held:
         for p, added in self._weighted_sums(factors).items():
             accumulate(p, added)
 
-    def release_all(self, norms: Tensor) -> Tensor:
+    def release_all(self, norms: Tensor) -> AddedNorm:
         """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
 
         Parameters
@@ -142,16 +143,19 @@ class Held:
 
         Returns
         -------
-        Tensor
+        AddedNorm
             The squared norm of all that was added, a scalar, or of every member `[K]`.
 
         """
         sums = self._weighted_sums(dict.fromkeys(self._where, torch.ones_like(norms)))
         for p, added in sums.items():
             accumulate(p, added)
-        alone = norms.ndim == 1
-        by_parameter = [squared_norms(added.unsqueeze(0) if alone else added) for added in sums.values()]
-        return added_up(by_parameter).reshape(norms.shape[:-1])
+        shape = norms.shape[:-1]
+
+        def squared_norm(added: list[Tensor]) -> Tensor:
+            return added_up([squared_norms(t if shape else t.unsqueeze(0)) for t in added]).reshape(shape)
+
+        return AddedNorm(sums, squared_norm)
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
         self.settle()

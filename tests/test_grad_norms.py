@@ -115,3 +115,28 @@ def test_an_empty_batch_has_no_outliers():
     with GradNorms(model, "sum") as monitor:
         model(torch.zeros(0, 3)).sum().backward()
     assert monitor.outliers().tolist() == []
+
+
+@pytest.mark.parametrize("change", ["none", "step", "zero", "gone", "scaled"])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_noise_scale_of_gradients_that_changed_since(change, accumulated):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with GradNorms(model) as monitor:
+        model(x).square().sum(1).mean().backward()
+        expected = monitor.noise_scale.squared_norm
+        if not accumulated:
+            model.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        if change == "step":
+            optimizer.step()
+        elif change in ("zero", "gone"):
+            optimizer.zero_grad(set_to_none=change == "gone")
+        elif change == "scaled":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if change in ("none", "step") or accumulated:
+            torch.testing.assert_close(monitor.noise_scale.squared_norm, expected)
+        else:
+            with pytest.raises(ConfigError, match="ask before zero_grad"):
+                _ = monitor.noise_scale
