@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from psgrad.layers.base import (
     LayerRule,
     accumulation_dtype,
     drop_removed,
-    per_row,
     sample_sum,
     squared_norms,
 )
@@ -59,15 +59,17 @@ class Linear(LayerRule):
         return norms
 
     def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
-        """See `LayerRule.weighted_sum`: one matrix product on the scaled g."""
-        g = drop_removed(call.g, factors, call.rows_per_sample)
-        g = (g * per_row(factors, g, call.rows_per_sample)).flatten(0, -2)
+        """See `LayerRule.weighted_sum`: one matrix product, with the smaller of x and g scaled."""
+        g = drop_removed(call.g, factors, call.rows_per_sample).flatten(0, -2)
+        scale = factors.to(g.dtype).unsqueeze(1).expand(-1, len(g) // max(1, call.samples)).flatten()
         sums = {}
         if "weight" in call.wanted:
             x = drop_removed(call.x.to(g.dtype), factors, call.rows_per_sample).flatten(0, -2)
-            sums["weight"] = g.T @ x
+            smaller, larger = (x, g) if x.shape[1] < g.shape[1] else (g, x)
+            scaled = smaller * scale.unsqueeze(1)
+            sums["weight"] = larger.T @ scaled if smaller is x else scaled.T @ larger
         if "bias" in call.wanted:
-            sums["bias"] = g.sum(0)
+            sums["bias"] = scale @ g
         return sums
 
 
@@ -88,10 +90,11 @@ def _gram_sq_norms(x: Tensor, g: Tensor) -> Tensor:
     x, g = x.to(dtype), g.to(dtype)
     if x.shape[1] == 1:
         return x.square().sum((1, 2)) * g.square().sum((1, 2))
-    s, d = x @ x.transpose(1, 2), g @ g.transpose(1, 2)
+    s, d = x @ x.mT, g @ g.mT
     norms = (d * s).sum((1, 2))
-    magnitude = (s.diagonal(dim1=1, dim2=2) * d.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1).square()
-    eaten = (norms < CANCELLATION * magnitude) & (magnitude > 0)  # NaN compares false, and stays
-    for n in eaten.nonzero().flatten().tolist():
-        norms[n] = (g[n].T @ x[n]).square().sum()
+    magnitude = torch.linalg.vector_norm(s.diagonal(dim1=1, dim2=2) * d.diagonal(dim1=1, dim2=2), 0.5, 1)
+    eaten = norms < CANCELLATION * magnitude  # NaN compares false, and stays
+    if eaten.any():
+        for n in eaten.nonzero().flatten().tolist():
+            norms[n] = (g[n].T @ x[n]).square().sum()
     return norms
