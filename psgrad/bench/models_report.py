@@ -26,7 +26,7 @@ eval mode for the comparison, all else is in training mode. *How* says which mod
 step, with everything random on, is run on every one of the models by the slow tests (`tests/models`).
 
 Not in the table: 13 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, ..) and ten models
-of timm are compared in the same way by `tests/models/test_other_libraries.py`, with the extra `zoo` installed.
+of timm are compared the same way in `tests/models/test_other_libraries.py`, with the extra `zoo`.
 """
 
 
