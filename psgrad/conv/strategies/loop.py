@@ -38,8 +38,8 @@ class Loop(Strategy):
         """F FLOPs in N calls at a backend's rate; of several samples every gradient is copied or squared."""
         p, one = problem, with_samples(problem, 1)
         slowdown = 1.0 if as_product(one) is not None else backend_slowdown(one)
-        if p.groups > 1 and p.in_per_group > 1:
-            slowdown *= 1.5  # one sample's groups keep threads less busy
+        if p.samples > 1 and p.groups > 1 and p.in_per_group > 1:
+            slowdown *= 1.5  # one sample's groups keep threads less busy than all samples' do
         written = 1 if p.samples == 1 else 3
         return Cost(
             flops=p.flops,

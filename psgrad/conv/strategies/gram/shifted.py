@@ -39,6 +39,8 @@ def shift_cost(problem: WeightGradProblem) -> tuple[float, float, int]:
     flops, moved, calls = 0.0, 0.0, 0
     for phases in product(*_phases(p)):
         sizes = _phase_sizes(p, phases)
+        if max(p.geometry.stride) > 1:  # a residue class is copied
+            moved += p.rows_per_sample * p.groups * p.in_per_group * prod(sizes)
         flops += 2.0 * (p.rows_per_sample * prod(sizes)) ** 2 * p.groups * p.in_per_group
         for axis in reversed(range(len(sizes))):
             adds = (p.rows_per_sample * prod(sizes[:axis]) * prod(p.output_size[axis:])) ** 2
