@@ -20,6 +20,7 @@ from psgrad.conv import (
     convolution_batch_rule,
     cudnn_conv_per_sample_grad_rule,
     slow_fallback,
+    use_rules,
 )
 from psgrad.errors import ShapeError, StrategyError
 from tests.conv.rule_cases import (
@@ -258,6 +259,16 @@ def test_a_recorded_bias_keeps_its_derivatives(
     else:
         leaf = b.clone().requires_grad_()
         close(torch.autograd.grad(total(leaf), leaf)[0], expected)
+
+
+def test_a_bias_that_an_outer_level_batches_is_not_added_in_place() -> None:
+    """The output is not batched there: it has no room for the outer level's entries."""
+    x, w = torch.randn(2, 3, 4, 6, 6).double(), torch.randn(5, 4, 3, 3).double()
+    b = torch.randn(7, 2, 5).double()
+    inner = torch.vmap(lambda x, b: torch.conv2d(x, w, b))
+    with use_rules():
+        got = torch.vmap(inner, in_dims=(None, 0))(x, b)
+    close(got, torch.conv2d(x.flatten(0, 1), w).unflatten(0, (2, 3)) + b[:, :, None, :, None, None])
 
 
 def test_sums_of_types_are_promoted_not_written_over() -> None:
