@@ -87,7 +87,7 @@ def _judge(model: nn.Module, images: Tensor, labels: Tensor) -> Outcome:
         loss = classification_loss(model, images[n : n + 1], labels[n : n + 1])
         for i, expected in enumerate(torch.autograd.grad(loss, parameters)):
             squares[i] += expected.square().sum()
-            sq_errors[i] += (parameters[i].grad_sample[n] - expected).square().sum()  # type: ignore[attr-defined]
+            sq_errors[i] += (parameters[i].grad_sample[n] - expected).square().sum()  # type: ignore[attr-defined]  # hung on it
     norms, errors = squares.sqrt(), sq_errors.sqrt()
     wrong = ~(errors <= RELATIVE * norms + OF_THE_WHOLE * norms.norm())  # also what is NaN
     if not wrong.any():

@@ -21,16 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
+from psgrad.capture.learning import Learning
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import Region, first_rows
-from psgrad.capture.region_inputs import RegionInputs
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
-from psgrad.capture.trial import other_numbers_of_samples, without_trace
 from psgrad.errors import CaptureError, ShapeError
-from psgrad.graph import leaves_of
 from psgrad.layers import LayerCall, LayerRule
 from psgrad.loss import LossCheck
 
@@ -84,8 +82,7 @@ class Capture:
         self._region: Region | None = None
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
-        self._learned = self._learning = False
-        self._region_inputs = RegionInputs()
+        self._learned = False
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
         layers = layers_of(module)
@@ -93,6 +90,7 @@ class Capture:
         self._layers: dict[str, Layer] = {}
         self._trainable = trainable_of(module)
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
+        self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
@@ -183,7 +181,7 @@ class Capture:
         """
         failed = None
         try:
-            self._learn(forward, args, kwargs, rows)
+            self._learning.learn(partial(self._run_rows, forward), args, kwargs, rows)
         except Exception as error:  # whatever a model may raise
             failed = error
         out = self._run_batch(forward, args, kwargs, rows)
@@ -195,47 +193,6 @@ class Capture:
             ) from failed
         self._learned = True
         return out
-
-    def _learn(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
-        """Run other numbers of samples: what does not grow with them is not the batch, whatever its size.
-
-        Without it, a sequence as long as the batch would pass for the batch. Modules around parameters that
-        are used elsewhere, and around inputs whose samples cannot be told apart, become regions.
-        """
-        self._learning = True
-        try:
-            while around := self._try_out(forward, args, kwargs, rows):
-                widened: list[nn.Module] = []
-                for path in around:
-                    owner = self._module.get_submodule(path)
-                    if any(owner in set(module.modules()) for module in widened):
-                        continue
-                    if (layer := self._widen(path)) is not None:
-                        widened.append(layer.module)
-                if not widened:
-                    break  # what cannot be captured is refused in backward, by name
-        finally:
-            self._learning = False
-
-    def _try_out(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> list[str]:
-        """Return paths of what must run in a region around it, found in trial runs."""
-        self._region_inputs.forget()
-        for some_args, some_kwargs, some in other_numbers_of_samples(
-            args, kwargs, rows, self._rows_per_sample
-        ):
-            self._region_inputs.begin(some)
-            try:
-                with without_trace(self._module):
-                    out = self._run_rows(forward, some_args, some_kwargs, some)
-            except Exception:
-                if multiples := self._region_inputs.multiples():
-                    return multiples
-                raise
-            leaves = leaves_of(t for t in tree_leaves(out) if isinstance(t, Tensor))
-            elsewhere = [self._owners[p] for p in leaves if isinstance(p, nn.Parameter) and p in self._owners]
-            if elsewhere or not self.regions:
-                return elsewhere
-        return self._region_inputs.grown()
 
     def _run_batch(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         """Run all rows, in a graph apart where its backward may have to run again."""
@@ -347,9 +304,7 @@ class Capture:
             raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
         leaves = enumerate(tree_leaves((args, kwargs)))
         lengths = {i: t.shape[0] for i, t in leaves if isinstance(t, Tensor) and t.ndim}
-        if self._learning:
-            self._region_inputs.see(layer.path, lengths)
-        batched = self._region_inputs.batched(layer.path, lengths, rows)
+        batched = self._learning.batched(layer.path, lengths, rows)
         if not batched:
             raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
         record = partial(self._record_written, self._gate)

@@ -17,12 +17,12 @@ __all__ = ["Intercept", "Intercepted"]
 class Intercepted(Protocol):
     """Who computes what was found."""
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
         """`F.linear`."""
 
     def layer_norm(
         self,
-        input: Tensor,  # noqa: A002
+        input: Tensor,  # noqa: A002  # torch's name
         normalized_shape: Sequence[int],
         weight: Tensor | None = None,
         bias: Tensor | None = None,

@@ -197,7 +197,7 @@ class Region:
         samples = self.samples
         return self.outside(lambda: t.expand(samples, *t.shape).clone())
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
         """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
         if id(weight) not in self._originals:
             return F.linear(input, weight, bias)
@@ -205,7 +205,7 @@ class Region:
 
     def layer_norm(
         self,
-        input: Tensor,  # noqa: A002
+        input: Tensor,  # noqa: A002  # torch's name
         normalized_shape: Sequence[int],
         weight: Tensor | None = None,
         bias: Tensor | None = None,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["RegionInputs"]
+__all__ = ["Lengths", "RegionInputs"]
 
 Lengths = Mapping[int, int]
 """By the position of an input among its call's leaves (`torch.utils._pytree`), the length of its axis 0."""
@@ -38,6 +38,11 @@ class RegionInputs:
     def begin(self, rows: int) -> None:
         """Begin a trial with so many rows."""
         self._trials.append(_Trial(rows))
+
+    @property
+    def seen(self) -> bool:
+        """Whether a region was called in the present trial."""
+        return bool(self._trials[-1].seen)
 
     def see(self, path: str, lengths: Lengths) -> None:
         """Take in one call of a region in the present trial."""

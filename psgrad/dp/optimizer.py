@@ -106,7 +106,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"of shapes {', '.join(shapes)}"
             )
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # one form for torch's two
         """Make the noisy step that the clipped gradients call for, and forget them.
 
         After `signal_skip_step(True)` only put the physical batch's sum by: the logical step goes on.
@@ -246,12 +246,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # type: ignore[override]  # an attribute there
         """That of the optimizer inside."""
         return self.original_optimizer.state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # likewise
         """Those of the optimizer inside."""
         return self.original_optimizer.defaults
 

@@ -99,7 +99,7 @@ class FoldedGraph:
         args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Value)]
         if node.op == "call_module":
-            module = self.stacked.get_submodule(node.target)  # type: ignore[arg-type]
+            module = self.stacked.get_submodule(node.target)  # type: ignore[arg-type]  # a path
             rule: Callable[..., Computed | str] | None = MODULE_RULES.get(type(module))
 
             def compute(layer: nn.Module) -> Computed | str:
@@ -200,7 +200,7 @@ def _called(function: Callable[..., Any], arguments: Any) -> Any:
 
 def _function(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_function":
-        return node.target  # type: ignore[return-value]
+        return node.target  # type: ignore[return-value]  # a name
     return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
 
 

@@ -144,7 +144,7 @@ def with_tensors(
     """Return a layer like this one, of other parameters and buffers; whatever else it has is the same."""
     other = module.__new__(type(module))
     other.__dict__.update(module.__dict__)
-    other._parameters = {n: None if t is None else parameters(t) for n, t in module._parameters.items()}  # type: ignore[misc]
+    other._parameters = {n: None if t is None else parameters(t) for n, t in module._parameters.items()}  # type: ignore[misc]  # torch's own dict
     other._buffers = {n: None if t is None else buffers(t) for n, t in module._buffers.items()}
     return other
 

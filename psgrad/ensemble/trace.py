@@ -32,12 +32,12 @@ class _One(nn.Module):
 
 
 class _Two(_One):
-    def forward(self, a: Any, b: Any) -> Any:  # type: ignore[override]
+    def forward(self, a: Any, b: Any) -> Any:  # type: ignore[override]  # by its inputs
         return self.member(a, b)
 
 
 class _Three(_One):
-    def forward(self, a: Any, b: Any, c: Any) -> Any:  # type: ignore[override]
+    def forward(self, a: Any, b: Any, c: Any) -> Any:  # type: ignore[override]  # by its inputs
         return self.member(a, b, c)
 
 
@@ -98,7 +98,7 @@ def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
 def is_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node changes its first argument."""
     if node.op == "call_module":
-        return bool(getattr(root.get_submodule(node.target), "inplace", False))  # type: ignore[arg-type]
+        return bool(getattr(root.get_submodule(node.target), "inplace", False))  # type: ignore[arg-type]  # a path
     return node.target in IN_PLACE or bool(node.kwargs.get("inplace", False))
 
 
@@ -180,7 +180,7 @@ def _is_fresh(node: fx.Node, member: nn.Module) -> bool:
         return False
     if node.op == "call_module":
         fresh = nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
-        module = member.get_submodule(node.target)  # type: ignore[arg-type]
+        module = member.get_submodule(node.target)  # type: ignore[arg-type]  # a path
         return type(module).__module__.startswith("torch.nn.") and not isinstance(module, fresh)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name in _FRESH

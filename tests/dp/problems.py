@@ -45,7 +45,7 @@ def private(
     **options: Any,
 ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
     model = network() if model is None else model
-    return (engine or PrivacyEngine()).make_private(  # type: ignore[return-value]
+    return (engine or PrivacyEngine()).make_private(
         module=model,
         optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
         data_loader=loader_of() if loader is None else loader,

@@ -17,7 +17,7 @@ def small() -> nn.Module:
 
 
 def both() -> tuple[Ensemble, Ensemble]:
-    return (Ensemble.from_factory(small, range(3), strategy=how) for how in ("loop", "folded"))  # type: ignore
+    return (Ensemble.from_factory(small, range(3), strategy=how) for how in ("loop", "folded"))
 
 
 def test_weighted_losses_and_parameters_outside_get_their_gradients() -> None:

@@ -47,13 +47,13 @@ def mixed_modes() -> list[nn.Module]:
 
 def shared_parameter() -> list[nn.Module]:
     first, second = small(), small()
-    second[3].weight = first[3].weight  # type: ignore[index, union-attr]
+    second[3].weight = first[3].weight
     return [first, second]
 
 
 def frozen_in_one() -> list[nn.Module]:
     first, second = small(), small()
-    second[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    second[0].weight.requires_grad_(False)
     return [first, second]
 
 
@@ -227,7 +227,7 @@ def test_large_members_run_one_after_the_other_unless_asked_otherwise() -> None:
     assert ens.plan(x[:1, :, :8, :8]).refusal is None
     assert Ensemble.from_factory(fn, range(2), strategy="folded").plan(x).refusal is None
     with pytest.raises(ConfigError, match="strategy"):
-        Ensemble.from_factory(fn, range(2), strategy="fast")  # type: ignore[arg-type]
+        Ensemble.from_factory(fn, range(2), strategy="fast")
 
 
 def test_train_and_eval_reach_every_layer() -> None:

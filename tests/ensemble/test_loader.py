@@ -41,7 +41,7 @@ def test_every_member_sees_what_the_plain_loader_with_its_seed_gives(bootstrap, 
         own: Dataset[Any] = data
         if bootstrap:
             own = Subset(data, torch.randint(COUNT, (COUNT,), generator=generator).tolist())
-        sampler = RandomSampler(own, generator=generator)  # type: ignore[arg-type]
+        sampler = RandomSampler(own, generator=generator)
         alone = DataLoader(own, N, sampler=sampler, drop_last=drop_last)
         member = loader.member(k)
         for epoch in epochs:

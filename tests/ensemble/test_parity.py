@@ -44,7 +44,7 @@ def fit(model: nn.Module, losses: list[Callable[[], Tensor]]) -> None:
 def ensemble_states(
     fn: Callable[[], nn.Module], xs: list[Tensor], ys: list[Tensor], own: bool, strategy: str = "folded"
 ) -> Ensemble:
-    ens = Ensemble.from_factory(fn, range(10, 10 + K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(10, 10 + K), strategy=strategy)
     fit(
         ens,
         [

@@ -69,7 +69,7 @@ def test_grad_is_what_the_handle_gives_the_member_alone(
 ) -> None:
     fn, make = CASES[name]
     for own in (False, True):
-        ens = Ensemble.from_factory(fn, range(members), strategy=strategy)  # type: ignore[arg-type]
+        ens = Ensemble.from_factory(fn, range(members), strategy=strategy)
         x, y = data(make, members, samples, own)
         streams = copy.deepcopy(ens.randomness)
         result = clipped(ens, x, y, own, 0.3, "mean", style=style)
@@ -89,7 +89,7 @@ def test_grad_is_what_the_handle_gives_the_member_alone(
 @pytest.mark.parametrize("strategy", ["folded", "loop"])
 def test_rows_of_one_sample_are_clipped_together(strategy: str, own: bool) -> None:
     fn, make = FOLDED["convolutions"]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     x, y = data(make, K, 6, own)
     result = clipped(ens, x, y, own, 0.3, "mean", rows_per_sample=2)
     assert result.norms.shape == (K, 3)
@@ -106,7 +106,7 @@ def test_rows_of_one_sample_are_clipped_together(strategy: str, own: bool) -> No
 def test_under_autocast(strategy: str) -> None:
     torch.set_default_dtype(torch.float32)
     fn, make = FOLDED["convolutions"]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     x, y = data(make, K, 5, False)
     with psgrad.clip_per_sample(ens, 0.3) as handle:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,7 +124,7 @@ def test_under_autocast(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["folded", "loop"])
 def test_under_a_checkpoint_from_the_first_batch_on(strategy: str) -> None:
     fn, make = FOLDED["convolutions"]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     x, y = data(make, K, 5, False)
     with psgrad.clip_per_sample(ens, 0.3) as handle:
         outputs = checkpoint(ens, x.requires_grad_(), use_reentrant=False)
@@ -151,7 +151,7 @@ def test_an_infinite_bound_gives_the_ordinary_gradient() -> None:
 @pytest.mark.parametrize("name", ["convolutions", "transposed", "wide", "called twice"])
 def test_what_is_not_finite_stays_where_it_is_bitwise(name: str, strategy: str, where: str) -> None:
     fn, make = FOLDED[name]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     other = copy.deepcopy(ens)
     x, y = data(make, K, 4, True)
     before = clipped(ens, x, y, True, 0.3)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("double")
 def test_members_that_backward_does_not_reach_contribute_nothing() -> None:
     for strategy in ("folded", "loop"):
         fn, make = FOLDED["convolutions"]
-        ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+        ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
         x, y = data(make, K, 5, False)
         with psgrad.clip_per_sample(ens, 0.3) as handle:
             ens.loss(F.cross_entropy, x, y)[1].backward()
@@ -44,7 +44,7 @@ def test_a_step_follows_the_parameters_modes_and_settings_of_the_ensemble() -> N
         return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
 
     for strategy in ("folded", "loop"):
-        ens = Ensemble.from_factory(fn, range(K), strategy=strategy).float()  # type: ignore[arg-type]
+        ens = Ensemble.from_factory(fn, range(K), strategy=strategy).float()
         x, y = data(rows, K, 5, False)
         with psgrad.clip_per_sample(ens, 0.3) as handle:
             ens.double().eval()
@@ -94,7 +94,7 @@ def test_a_folded_and_a_looped_forward_in_one_backward_add_up_before_the_norm() 
 @pytest.mark.parametrize("strategy", ["folded", "loop"])
 def test_a_sample_changes_all_members_sums_by_the_bound_at_most(strategy: str) -> None:
     fn, make = FOLDED["convolutions"]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     x, y = data(make, K, 5, False)
     fewer = copy.deepcopy(ens)
     result = clipped(ens, x, y, False, 1e-3, "sum")
@@ -111,7 +111,7 @@ def test_a_sample_changes_all_members_sums_by_the_bound_at_most(strategy: str) -
 def test_a_style_by_path_names_the_ensembles_parameters() -> None:
     ens = Ensemble.from_factory(FOLDED["wide"][0], range(K), strategy="folded")
     x, y = data(rows, K, 5, False)
-    result = clipped(ens, x, y, False, PerLayer({"stacked.0": 0.1, "": 0.2}))  # type: ignore[arg-type]
+    result = clipped(ens, x, y, False, PerLayer({"stacked.0": 0.1, "": 0.2}))
     assert {path: norms.shape for path, norms in result.group_norms.items()} == {
         "stacked.0": (K, 5),
         "": (K, 5),
@@ -140,7 +140,7 @@ def test_the_ensemble_is_given_back_and_copies_are_free() -> None:
 @pytest.mark.parametrize("strategy", ["folded", "loop"])
 def test_after_a_backward_that_failed_the_next_is_right(strategy: str, following: int) -> None:
     fn, make = FOLDED["convolutions"]
-    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(fn, range(K), strategy=strategy)
     x, y = data(make, K, 5, False)
     with psgrad.clip_per_sample(ens, 0.3) as handle:
         reached_all_layers = ens(_Fails.apply(x.clone().requires_grad_()))

@@ -46,7 +46,7 @@ def summed(out: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("strategy", ["folded", "loop"])
 def test_a_step_without_noise_is_every_members_own_private_step(strategy: str) -> None:
     torch.manual_seed(0)
-    ens = Ensemble.from_factory(network, range(K), strategy=strategy)  # type: ignore[arg-type]
+    ens = Ensemble.from_factory(network, range(K), strategy=strategy)
     alone = [ens.member(k) for k in range(K)]
     x, y = data(6)
     optimizer = private(ens, 0.0)

@@ -164,7 +164,7 @@ class EnsembleOptimizer(Optimizer):
             return self._hooked_step(closure)
         return self._step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # the mark torch's own wrapper leaves
     """Torch does not wrap it: a record for a profiler that is off takes longer than a small update."""
 
     @torch.no_grad()

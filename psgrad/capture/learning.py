@@ -1,0 +1,115 @@
+"""What the first batch tells of a model, in trials with other numbers of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from psgrad.capture.region_inputs import Lengths, RegionInputs
+from psgrad.capture.survey import Layer
+from psgrad.capture.trial import other_numbers_of_samples, without_trace
+from psgrad.graph import leaves_of
+
+__all__ = ["Learning"]
+
+Run = Callable[[Any, Any, int], Any]
+"""Runs the whole model on args and kwargs of so many rows."""
+
+
+class Learning:
+    """Tells the axis of the batch from others as long, and what must run in a region.
+
+    What does not grow with the number of samples is not the batch, whatever its size: without trials, a
+    sequence as long as the batch would pass for it. Modules around parameters that are used elsewhere, and
+    around inputs whose samples cannot be told apart, become regions.
+
+    Parameters
+    ----------
+    module
+        The model.
+    owners
+        Of every trainable parameter, the path of the module that owns it.
+    rows_per_sample
+        K.
+    widen
+        Makes the next module around a path a region, and returns it; None if none is left.
+
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        owners: Mapping[nn.Parameter, str],
+        rows_per_sample: int,
+        widen: Callable[[str], Layer | None],
+    ) -> None:
+        self._module = module
+        self._owners = owners
+        self._rows_per_sample = rows_per_sample
+        self._widen = widen
+        self._inputs = RegionInputs()
+        self._trying = False
+
+    def batched(self, path: str, lengths: Lengths, rows: int) -> set[int]:
+        """Return which inputs of a region's call are the batch; in a trial, also learn from it."""
+        if self._trying:
+            self._inputs.see(path, lengths)
+        return self._inputs.batched(path, lengths, rows)
+
+    def learn(self, run: Run, args: Any, kwargs: Any, rows: int) -> None:
+        """Try the batch, until no further module must become a region.
+
+        Parameters
+        ----------
+        run
+            Runs the model, captured.
+        args, kwargs, rows
+            Its batch, of N K rows.
+
+        Raises
+        ------
+        Exception
+            Whatever the model raises in a trial.
+
+        """
+        self._trying = True
+        try:
+            while around := self._try_out(run, args, kwargs, rows):
+                widened: list[nn.Module] = []
+                for path in around:
+                    inner = self._module.get_submodule(path)
+                    if any(inner in set(module.modules()) for module in widened):
+                        continue
+                    if (layer := self._widen(path)) is not None:
+                        widened.append(layer.module)
+                if not widened:
+                    break  # what cannot be captured is refused in backward, by name
+        finally:
+            self._trying = False
+
+    def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
+        """Return paths of what must run in a region around it."""
+        self._inputs.forget()
+        for some_args, some_kwargs, some in other_numbers_of_samples(
+            args, kwargs, rows, self._rows_per_sample
+        ):
+            self._inputs.begin(some)
+            try:
+                elsewhere = self._used_elsewhere(run, some_args, some_kwargs, some)
+            except Exception:
+                if multiples := self._inputs.multiples():
+                    return multiples
+                raise
+            if elsewhere or not self._inputs.seen:
+                return elsewhere
+        return self._inputs.grown()
+
+    def _used_elsewhere(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
+        """Run, and return the owners of parameters that the graph shows used outside of what is captured."""
+        with without_trace(self._module):
+            out = run(args, kwargs, rows)
+        leaves = leaves_of(t for t in tree_leaves(out) if isinstance(t, Tensor))
+        return [self._owners[p] for p in leaves if isinstance(p, nn.Parameter) and p in self._owners]
