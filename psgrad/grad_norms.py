@@ -152,6 +152,15 @@ class GradNorms:
             )
         return outliers(norms[member], factor)
 
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the modules that run one sample at a time, under `torch.vmap`, which costs time.
+
+        They use parameters of their own in a way that is not known to keep samples apart. The first batch
+        tells; before, these are all that might. Of an ensemble none: its `plan` says what runs how.
+        """
+        return self._capture.regions
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         self._held.add(contribution)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from psgrad.errors import ConfigError, RefusedModelError, ShapeError
 from psgrad.watch import Watch
 
-__all__ = ["check_rows_independent"]
+__all__ = ["check_rows_independent", "check_samples_apart"]
 
 SEED = 0
 
@@ -61,26 +61,85 @@ def check_rows_independent(module: nn.Module, *inputs: Any, rows_per_sample: int
     samples = _samples(inputs, rows_per_sample)
     if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
         raise ConfigError("the module has lazy parameters without a shape: run it on a batch first")
-    rows = samples * rows_per_sample
-    with torch.random.fork_rng(_cuda_devices(module, inputs)), torch.no_grad(), _given_back(module) as reset:
+    state = [*module.parameters(), *module.buffers()]
+    _check(module, inputs, {}, samples * rows_per_sample, rows_per_sample, state)
+
+
+def check_samples_apart(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, rows_per_sample: int
+) -> None:
+    """Check a module that a model calls, as `check_rows_independent` checks a whole one.
+
+    Parameters
+    ----------
+    module
+        Is taken to leave its parameters alone: they are not copied.
+    args, kwargs
+        Its call.
+    rows
+        N K of the model's batch, N >= 2, which some tensors of the call have in axis 0.
+    rows_per_sample
+        K.
+
+    Raises
+    ------
+    RefusedModelError
+        If samples are mixed.
+    ConfigError
+        If the check would say nothing.
+
+    """
+    if not any(_has_rows(leaf, rows) for leaf in tree_leaves((args, kwargs))):
+        raise ConfigError("no input is known to be the batch")
+    _check(module, args, kwargs, rows, rows_per_sample, list(module.buffers()))
+
+
+def _check(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+    rows_per_sample: int,
+    state: list[Tensor],
+) -> None:
+    """See `check_rows_independent`; `state` is what the module may write to.
+
+    Raises
+    ------
+    RefusedModelError
+        If samples are mixed.
+
+    """
+    samples = rows // rows_per_sample
+    call = (args, kwargs)
+    with (
+        torch.random.fork_rng(_cuda_devices(module, call)),
+        torch.no_grad(),
+        _given_back(module, state) as reset,
+    ):
         torch.manual_seed(SEED)
-        others = tree_map(lambda leaf: _other_values(leaf) if _has_rows(leaf, rows) else leaf, inputs)
+        others = tree_map(lambda leaf: _other_values(leaf) if _has_rows(leaf, rows) else leaf, call)
         watch = Watch(module)
         reset()
-        watch.run(inputs)
+        watch.run(*_copied(call))
         reset()
-        watch.run(inputs, changed=torch.zeros(samples, dtype=torch.bool))
+        watch.run(*_copied(call), changed=torch.zeros(samples, dtype=torch.bool))
         watch.settle_noise()
         for changed in _halves(samples):
             mask = changed.repeat_interleave(rows_per_sample)
             mixed = tree_map(
-                lambda old, new, m=mask: _where(m, new, old) if _has_rows(old, rows) else old, inputs, others
+                lambda old, new, m=mask: _where(m, new, old) if _has_rows(old, rows) else old, call, others
             )
             reset()
-            watch.run(mixed, changed)
-    for call in watch.calls:
-        if why := call.why_mixed():
-            raise RefusedModelError(f"{call}: {why}")
+            watch.run(*_copied(mixed), changed=changed)
+    for seen in watch.calls:
+        if why := seen.why_mixed():
+            raise RefusedModelError(f"{seen}: {why}")
+
+
+def _copied(call: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Copy the tensors, to which the module may write."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, call)
 
 
 def _samples(inputs: tuple[Any, ...], rows_per_sample: int) -> int:
@@ -139,11 +198,11 @@ def _cuda_devices(module: nn.Module, inputs: Any) -> list[int]:
 
 
 @contextmanager
-def _given_back(module: nn.Module) -> Iterator[Any]:
-    """Give back parameters, buffers and training flags; yields what restores them, and torch's seed."""
+def _given_back(module: nn.Module, state: list[Tensor]) -> Iterator[Any]:
+    """Give back state, buffers and training flags; yields what restores them, and torch's seed."""
     flags = [(m, m.training) for m in module.modules()]
     places = [(m._buffers, dict(m._buffers)) for m in module.modules()]
-    values = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+    values = [(t, t.detach().clone()) for t in state]
 
     def reset() -> None:
         torch.manual_seed(SEED)

@@ -69,6 +69,15 @@ class PerSampleGrads:
         check = LossCheck(self._reduction, samples_must_not_mix=False)
         self._capture = attach(module, self, rows_per_sample, check)
 
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the modules that run one sample at a time, under `torch.vmap`, which costs time.
+
+        They use parameters of their own in a way that is not known to keep samples apart. The first batch
+        tells; before, these are all that might. Of an ensemble none: its `plan` says what runs how.
+        """
+        return self._capture.regions
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         for p, grads in contribution.grads().items():

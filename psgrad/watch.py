@@ -105,13 +105,13 @@ class Watch:
         self.module = module
         self.calls: list[Call] = []
 
-    def run(self, inputs: tuple[Any, ...], changed: Tensor | None = None) -> None:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], changed: Tensor | None = None) -> None:
         """Run on these inputs; the first run is what the others are compared with."""
         open_calls: list[list[Tensor]] = []
         position = iter(range(len(self.calls)))
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            open_calls.append(_tensors((args, kwargs)))  # now: the module may work in place
+        def before(module: nn.Module, given: Any, named: Any) -> None:
+            open_calls.append(_tensors((given, named)))  # now: the module may work in place
 
         def after(path: str, module: nn.Module, output: Any) -> None:
             seen = (open_calls.pop(), _tensors(output), _tensors(list(module._buffers.values())))
@@ -131,7 +131,7 @@ class Watch:
                     m.register_forward_hook(lambda m, _, output, path=path: after(path, m, output)),
                 ):
                     hooks.callback(handle.remove)
-            self.module(*inputs)
+            self.module(*args, **kwargs)
 
     def settle_noise(self) -> None:
         """Raise if two unchanged passes differ by more than rounding.

@@ -130,9 +130,10 @@ CONTENDERS: dict[str, tuple[Callable[[str], nn.Module], Callable[[nn.Module, Ten
 
 
 def fallbacks(name: str) -> dict[str, int]:
-    """Types of the modules of a model that psgrad runs under `torch.func`, and how many; nothing is run.
-
-    The BatchNorm that is left in has a rule, as has what replaces it.
-    """
-    layers = layers_of(outline(name))
-    return dict(Counter(type(layer.module).__name__ for layer in layers if layer.rule is None))
+    """Types of the modules of a model that psgrad runs under `torch.func`, and how many: a batch is run."""
+    if all(layer.rule for layer in layers_of(outline(name))):
+        return {}
+    model, size = build(name), image_size(name)
+    with PerSampleGrads(model) as handle:
+        model(torch.rand(2, 3, size, size))
+        return dict(Counter(type(model.get_submodule(path)).__name__ for path in handle.regions))

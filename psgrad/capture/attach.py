@@ -29,6 +29,10 @@ class Attached(Protocol):
     def sample_axis(self) -> int:
         """Axis of the samples in contributions: 0 of `[N, *shape]`, 1 of an ensemble's `[K, N, *shape]`."""
 
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the modules that run one sample at a time, as far as is known."""
+
     def remove(self) -> None:
         """Give the module back as it was."""
 

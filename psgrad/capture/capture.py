@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
+from psgrad.capture.owners import Owners
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
-from psgrad.capture.survey import Layer, layers_of, refuse_mixing, refuse_model
+from psgrad.capture.survey import Layer, OtherRowsError, is_inside, layers_of, refuse_mixing, refuse_model
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import LayerCall, LayerRule
 from psgrad.loss import LossCheck
@@ -79,7 +79,6 @@ class Capture:
         self._rows_per_sample = rows_per_sample
         self._loss = loss
         self._root_rows: int | None = None
-        self._region: Region | None = None
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = False
@@ -91,6 +90,7 @@ class Capture:
         self._trainable = trainable_of(module)
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
+        self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self._anchor)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
@@ -111,8 +111,10 @@ class Capture:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """Paths of the modules that run one sample at a time, as far as they have been seen to need it."""
-        return tuple(path for path, layer in self._layers.items() if layer.rule is None)
+        """Paths of the modules that run one sample at a time; before a batch, of all that may have to."""
+        owners = [path for path, layer in self._layers.items() if layer.rule is None]
+        found = [path for path in owners if self._own.is_region(path)]
+        return tuple(path for path in found if not any(is_inside(path, other) for other in found))
 
     def again(self, take: Callable[[Contribution], None], *, keep: bool) -> None:
         """Run the module's backward once more, from the same gradients; for a repeatable one's consumer.
@@ -212,17 +214,17 @@ class Capture:
         return None if self._call is None else self._call.gate
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
-        self._root_rows = rows
+        before, self._root_rows = self._root_rows, rows
         try:
             while True:
                 root = self._layers.get("")
                 try:
                     return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
-                except _OtherRowsError as error:
+                except OtherRowsError as error:
                     if self._widen(error.layer.path) is None:
                         raise
         finally:
-            self._root_rows = None  # a submodule called on its own may have another batch
+            self._root_rows = before  # a submodule called on its own may have another batch
 
     def _widen(self, path: str) -> Layer | None:
         """Make the next module around this one a region: there all rows are one sample's.
@@ -237,9 +239,13 @@ class Capture:
             path = path.rpartition(".")[0]
             module = self._module.get_submodule(path)
             calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
-            if path not in self._layers and (calls or not path):
+            layer = self._layers.get(path)
+            if layer is None and (calls or not path):
                 self._attach(layer := Layer(path, module, None))
-                return layer
+            elif layer is None or layer.rule is not None or self._own.is_region(path):
+                continue
+            self._own.make_region(path)
+            return layer
         return None
 
     def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -249,7 +255,7 @@ class Capture:
         ------
         ShapeError
             If axis 0 of the layer's input cannot be the batch.
-        _OtherRowsError
+        OtherRowsError
             If it has not the batch's rows.
         CaptureError
             If it is called from a vmap that is not the present region's.
@@ -258,87 +264,53 @@ class Capture:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
-        if self._region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
+        region = self._own.region
+        if region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
             raise CaptureError(
                 f"{layer} was called again for a module that runs one sample at a time (one of "
                 f"{', '.join(map(repr, self.regions))}) after that had ended. If torch.utils.checkpoint "
                 "calls it: put the checkpoint around that module, not inside of it."
             )
         if layer.rule is None:
-            return self._run_region(layer, forward, args, kwargs)
-        if not layer.trains or (self._region is not None and self._region.samples == 0):
+            return self._own.run(layer, forward, args, kwargs, self._root_rows)
+        if not layer.trains or (region is not None and region.samples == 0):
             return forward(*args, **kwargs)
         x, *rest = args if args else (kwargs["input"],)
         rest += [value for name, value in kwargs.items() if name != "input"]
-        if self._region is not None:
-            return self._run_rule_in_region(self._region, layer, layer.rule, x, rest)
+        if region is not None:
+            return self._run_rule_in_region(region, layer, layer.rule, x, rest)
         error = layer.rule.input_error(layer.module, x)
         if error is not None:
             raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
         rows = x.shape[0]
         if rows % self._rows_per_sample or self._root_rows not in (None, rows):
             expected = f"{self._root_rows} rows" if self._root_rows is not None else "rows"
-            raise _OtherRowsError(
+            raise OtherRowsError(
                 layer,
                 f"called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
                 f"model's input, {expected} with rows_per_sample={self._rows_per_sample}",
             )
         return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 
-    def _run_region(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a module one sample at a time, if that is not what is being done already.
-
-        Raises
-        ------
-        ShapeError
-            If the rows do not make whole samples.
-        _OtherRowsError
-            If no input has the batch's rows.
-
-        """
-        if self._region is not None:
-            return forward(*args, **kwargs)
-        rows = self._root_rows if self._root_rows is not None else first_rows(args, kwargs)
-        if rows is None or rows % self._rows_per_sample:
-            seen = "no input is a batch" if rows is None else f"{rows} rows"
-            raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
-        leaves = enumerate(tree_leaves((args, kwargs)))
-        lengths = {i: t.shape[0] for i, t in leaves if isinstance(t, Tensor) and t.ndim}
-        batched = self._learning.batched(layer.path, lengths, rows)
-        if not batched:
-            raise _OtherRowsError(layer, f"no input has the batch's {rows} rows")
-        record = partial(self._record_written, self._gate)
-        self._region = Region(str(layer), layer.module, record, self._run_function, self._anchor)
-        try:
-            return self._region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
-        finally:
-            self._region = None
-
     def _run_rule_in_region(
         self, region: Region, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any]
     ) -> Tensor:
         """Run a layer on all samples at once: all rows of x are one sample's, or x is itself a row."""
-
-        def all_samples(x: Tensor) -> Tensor:
-            samples = x.shape[0]
-            if rule.input_error(layer.module, x[:1].flatten(0, 1) if x.ndim > 1 else x[0]) is None:
-                out = self._run_rule(layer, rule, x.flatten(0, 1), rest, x.shape[1])
-                return out.unflatten(0, (samples, x.shape[1]))
-            error = rule.input_error(layer.module, x)
-            if error is not None:
-                raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
-            return self._run_rule(layer, rule, x, rest, 1)
-
-        return region.outside(all_samples, x)
+        error = partial(rule.input_error, layer.module)
+        return region.layer(str(layer), lambda x, rows: self._run_rule(layer, rule, x, rest, rows), error, x)
 
     def _run_function(
         self, rule: LayerRule, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor
     ) -> Tensor:
         """Run what a module computes by `torch.nn.functional` as the layer that would compute it."""
-        assert self._region is not None
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
-        return self._run_rule_in_region(self._region, Layer(self._owners[weight], layer, rule), rule, x, [])
+        path = next(self._owners[p] for p in (weight, bias) if p in self._owners)
+        owner = Layer(path, layer, rule)
+        region = self._own.region
+        if region is None:
+            return self._run_rule(owner, rule, x, [], self._rows_per_sample)
+        return self._run_rule_in_region(region, owner, rule, x, [])
 
     def _run_rule(
         self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int
@@ -355,16 +327,14 @@ class Capture:
 
         return captured_call(record, layer, rule, rest, self._anchor, x)
 
-    def _record_written(self, gate: Gate | None, p: nn.Parameter, per_sample: Tensor) -> None:
-        self._recorder.record(KeptGrads(self._owners[p], {p: per_sample}, per_sample.shape[0]), gate)
+    def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
+        """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""
+        gate = self._gate
+
+        def record(p: nn.Parameter, grads: Tensor) -> None:
+            self._recorder.record(KeptGrads(self._owners[p], {p: grads}, grads.shape[0]), gate)
+
+        return record
 
     def _check_trainable(self) -> None:
         refuse_changed(self._trainable, trainable_of(self._module))
-
-
-class _OtherRowsError(ShapeError):
-    """A layer whose axis 0 is not the batch."""
-
-    def __init__(self, layer: Layer, reason: str) -> None:
-        super().__init__(f"{layer}: {reason}")
-        self.layer = layer

@@ -37,6 +37,11 @@ class Learning:
     widen
         Makes the next module around a path a region, and returns it; None if none is left.
 
+    Attributes
+    ----------
+    trying
+        Whether a trial is running.
+
     """
 
     def __init__(
@@ -51,11 +56,11 @@ class Learning:
         self._rows_per_sample = rows_per_sample
         self._widen = widen
         self._inputs = RegionInputs()
-        self._trying = False
+        self.trying = False
 
     def batched(self, path: str, lengths: Lengths, rows: int) -> set[int]:
         """Return which inputs of a region's call are the batch; in a trial, also learn from it."""
-        if self._trying:
+        if self.trying:
             self._inputs.see(path, lengths)
         return self._inputs.batched(path, lengths, rows)
 
@@ -75,7 +80,7 @@ class Learning:
             Whatever the model raises in a trial.
 
         """
-        self._trying = True
+        self.trying = True
         try:
             while around := self._try_out(run, args, kwargs, rows):
                 widened: list[nn.Module] = []
@@ -88,7 +93,7 @@ class Learning:
                 if not widened:
                     break  # what cannot be captured is refused in backward, by name
         finally:
-            self._trying = False
+            self.trying = False
 
     def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
         """Return paths of what must run in a region around it."""

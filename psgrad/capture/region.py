@@ -7,7 +7,7 @@ is run outside of the vmap, on all samples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,16 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from psgrad.capture.copies import Record, own_copies
 from psgrad.capture.intercept import Intercept
-from psgrad.capture.swap import swapped
-from psgrad.errors import CaptureError, PsgradError, RefusedModelError
-from psgrad.layers import RULES, LayerRule, rule_for
+from psgrad.capture.swap import shown, swapped
+from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
+from psgrad.layers import RULES, LayerRule
 
-__all__ = ["Region", "first_rows"]
+__all__ = ["Region", "Use", "first_rows"]
 
-Record = Callable[[nn.Parameter, Tensor], None]
 Use = Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
 
 
@@ -106,7 +105,7 @@ class Region:
         self.samples = rows // rows_per_sample
         leaves, structure = tree_flatten((args, kwargs))
         if self.samples == 0:
-            with swapped(self._swappable(), self._copy):
+            with swapped(self._module.modules(), self._copy):
                 return forward(*args, **kwargs)
         out_leaves: list[Any] = []  # what the last sample returned: vmap passes tensors only
         out_spec: list[TreeSpec] = []
@@ -117,7 +116,7 @@ class Region:
             for i, tensor in zip(batched, inputs, strict=True):
                 filled[i] = tensor
             inner_args, inner_kwargs = tree_unflatten(filled, structure)
-            with swapped(self._swappable(), self._copy), Intercept(self):
+            with swapped(shown(self._module), self._copy), Intercept(self):
                 out_leaves[:], spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_spec[:] = [spec]
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
@@ -139,14 +138,6 @@ class Region:
             self._originals.clear()
         filled = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
         return tree_unflatten(filled, out_spec[0])
-
-    def _swappable(self) -> Iterable[nn.Module]:
-        """Return the modules whose parameters are shown as copies; a parametrized layer needs its own."""
-        modules = list(self._module.modules())
-        if self.samples == 0:
-            return modules
-        kept = {m for layer in modules if is_parametrized(layer) and rule_for(layer) for m in layer.modules()}
-        return (m for m in modules if m not in kept)
 
     def outside(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Call `function` outside of the vmap, on tensors with the samples in axis 0, as is its result.
@@ -174,18 +165,50 @@ class Region:
             out = function(*first)
         return _add_batch_dim(out, 0, self._level)
 
+    def layer(
+        self,
+        name: str,
+        run: Callable[[Tensor, int], Tensor],
+        error: Callable[[Tensor], str | None],
+        x: Tensor,
+    ) -> Tensor:
+        """Run a layer on all samples at once: all rows of x are one sample's, or x is itself a row.
+
+        Parameters
+        ----------
+        name
+            Of the layer, for messages.
+        run
+            Computes it from `[(N K), ..]` and K.
+        error
+            What is wrong with an input, seen as a batch, or None.
+        x
+            One sample's input.
+
+        Raises
+        ------
+        ShapeError
+            If it is neither.
+
+        """
+
+        def all_samples(x: Tensor) -> Tensor:
+            if error(x[:1].flatten(0, 1) if x.ndim > 1 else x[0]) is None:
+                return run(x.flatten(0, 1), x.shape[1]).unflatten(0, x.shape[:2])
+            wrong = error(x)
+            if wrong is not None:
+                raise ShapeError(f"{name}: {wrong}; got {tuple(x.shape)}")
+            return run(x, 1)
+
+        return self.outside(all_samples, x)
+
     def _copy(self, p: nn.Parameter) -> Tensor:
         """Return every sample's own copy of a parameter."""
         if p not in self._copies:
-            record = self._record
-
-            def hand_over(grad: Tensor) -> None:
-                record(p, grad)
-
             if self.samples:
-                copy = self.outside(lambda: _Expand.apply(p.detach(), self.samples, self._anchor, hand_over))
+                copy = self.outside(lambda: own_copies(self._record, p, self.samples, self._anchor))
             else:  # the sum over no samples ties the result to what records
-                copy = p.detach() + _Expand.apply(p.detach(), 0, self._anchor, hand_over).sum(0)
+                copy = p.detach() + own_copies(self._record, p, 0, self._anchor).sum(0)
             self._copies[p] = copy
             self._originals[id(copy)] = p
         return self._copies[p]
@@ -249,23 +272,6 @@ class Region:
 
         masks = () if attn_mask is None else (attn_mask,)
         return self.outside(all_samples, query, key, value, *masks)
-
-
-class _Expand(torch.autograd.Function):
-    """`[*shape] -> [N, *shape]`, whose backward hands the gradient over instead of summing it."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, samples: int, anchor: Tensor, hand_over: Any) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.hand_over = hand_over
-        return p.detach().expand(samples, *p.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None, None]:
-        if grad is not None:
-            ctx.hand_over(grad)
-        return None, None, None, None
 
 
 def first_rows(args: Any, kwargs: Any) -> int | None:

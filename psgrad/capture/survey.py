@@ -9,10 +9,18 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.capture.shadow import ShadowForward
-from psgrad.errors import RefusedModelError
+from psgrad.errors import RefusedModelError, ShapeError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
 
-__all__ = ["Layer", "layers_of", "refuse_mixing", "refuse_model", "why_not_shadowed"]
+__all__ = [
+    "Layer",
+    "OtherRowsError",
+    "is_inside",
+    "layers_of",
+    "refuse_mixing",
+    "refuse_model",
+    "why_not_shadowed",
+]
 
 OPAQUE = (nn.MultiheadAttention,)
 """Modules that use their children's parameters without calling the children."""
@@ -57,6 +65,14 @@ class Layer:
 
     def __str__(self) -> str:
         return _named(self.path, self.module)
+
+
+class OtherRowsError(ShapeError):
+    """A layer whose axis 0 is not the batch."""
+
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(f"{layer}: {reason}")
+        self.layer = layer
 
 
 def layers_of(module: nn.Module) -> list[Layer]:
@@ -140,6 +156,11 @@ def why_not_shadowed(module: nn.Module) -> str | None:
     if "_orig_mod" in module._modules:
         return "it is what torch.compile returned: give the module inside of it, model._orig_mod"
     return None if forward is None else "its forward was replaced on the instance, which no rule sees through"
+
+
+def is_inside(path: str, other: str) -> bool:
+    """Whether one module is inside of the other, by their paths."""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _named(path: str, module: nn.Module) -> str:

@@ -7,8 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["swapped"]
+from psgrad.layers import rule_for
+
+__all__ = ["shown", "swapped"]
 
 
 class _Copies(dict[str, Any]):
@@ -39,3 +42,10 @@ def swapped(modules: Iterable[nn.Module], copy: Callable[[nn.Parameter], Tensor]
                 stack.callback(module.__dict__.__setitem__, "_parameters", parameters)
                 module.__dict__["_parameters"] = _Copies(parameters, copy)
         yield
+
+
+def shown(module: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules whose parameters are to be shown otherwise; a parametrized layer needs its own."""
+    modules = list(module.modules())
+    kept = {m for layer in modules if is_parametrized(layer) and rule_for(layer) for m in layer.modules()}
+    return (m for m in modules if m not in kept)

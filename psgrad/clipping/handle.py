@@ -101,6 +101,15 @@ class ClipPerSample:
         return self._result
 
     @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the modules that run one sample at a time, under `torch.vmap`, which costs time.
+
+        They use parameters of their own in a way that is not known to keep samples apart. The first batch
+        tells; before, these are all that might. Of an ensemble none: its `plan` says what runs how.
+        """
+        return self._capture.regions
+
+    @property
     def gathered(self) -> Gathered:
         """What the backward passes since the last `take()` have put into `.grad`."""
         return self._gathered

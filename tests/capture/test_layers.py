@@ -61,7 +61,7 @@ class Checkpointed(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A region around what it is given."""
+    """A parameter of its own around what it is given."""
 
     def __init__(self, inner):
         super().__init__()
@@ -72,12 +72,19 @@ class Scaled(nn.Module):
         return self.inner(x * self.scale)
 
 
+class Apart(Scaled):
+    """A region: of this use of the parameter nobody knows that it keeps samples apart."""
+
+    def forward(self, x):
+        return self.inner(x * self.scale.exp())
+
+
 class CheckpointedRegion(nn.Module):
     """A region, run again in backward as a whole."""
 
     def __init__(self):
         super().__init__()
-        self.region = Scaled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        self.region = Apart(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
 
     def forward(self, x):
         return checkpoint(self.region, x, use_reentrant=False)
@@ -145,7 +152,7 @@ def test_a_checkpoint_around_the_model_from_the_first_batch_on():
 
 
 def test_checkpoint_inside_of_a_region_is_a_clear_error():
-    model = Scaled(Checkpointed()).double()
+    model = Apart(Checkpointed()).double()
     with PerSampleGrads(model), pytest.raises(CaptureError, match="checkpoint"):
         squared_loss(model, torch.randn(2, 5, 3, dtype=torch.double)).backward()
 
@@ -189,7 +196,7 @@ def test_dropout_scales_a_sample_as_the_forward_pass_did(rows_per_sample):
 
 def test_autocast_in_a_region():
     torch.manual_seed(0)
-    model = Scaled(nn.TransformerEncoderLayer(3, 1, 8, dropout=0.0, batch_first=True))
+    model = Apart(nn.TransformerEncoderLayer(3, 1, 8, dropout=0.0, batch_first=True))
     x = torch.randn(4, 5, 3)
     expected = grads_one_by_one(model, squared_loss, [x])
     with PerSampleGrads(model):

@@ -3,7 +3,7 @@
 RULES: dict[str, int] = {}
 """Every layer by rule."""
 
-# model -> the modules that run under torch.func, by path ("*" for a number), and how many
+# model -> the modules that use parameters themselves, by path ("*" for a number), and how many
 MODELS: dict[str, dict[str, int]] = {
     "alexnet": RULES,
     "convnext_base": {"classifier.*": 1, "features.*.*": 40},
@@ -88,4 +88,9 @@ MODELS: dict[str, dict[str, int]] = {
     "vit_l_32": {"": 1, "encoder": 1, "encoder.layers.encoder_layer_*.self_attention": 24},
     "wide_resnet101_2": RULES,
     "wide_resnet50_2": RULES,
+}
+
+# of these, the ones that run under torch.func: one sample at a time, seen on a batch
+APART: dict[str, dict[str, int]] = {
+    name: MODELS[name] for name in ("maxvit_t", *(f"swin_{v}{size}" for v in ("", "v2_") for size in "bst"))
 }

@@ -11,7 +11,7 @@ from psgrad import clip_per_sample
 from psgrad.bench.model_gradients import compare, fallbacks
 from psgrad.bench.zoo import build, classification_loss, image_size, model_names, outline
 from psgrad.capture.survey import layers_of
-from tests.models.table import MODELS
+from tests.models.table import APART, MODELS
 
 LARGEST_COMPARED = 100e6
 """Parameters; the comparison takes 40 bytes for each."""
@@ -30,8 +30,16 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", MODELS)
 def test_how_each_model_is_computed(name):
     paths = [layer.path for layer in layers_of(outline(name)) if layer.rule is None]
-    assert Counter(re.sub(r"\d+", "*", path) for path in paths) == MODELS[name]
-    assert sum(fallbacks(name).values()) == len(paths)
+    assert counted(paths) == MODELS[name]
+
+
+def counted(paths):
+    return Counter(re.sub(r"\d+", "*", path) for path in paths)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("alexnet", {}), ("swin_t", {"ShiftedWindowAttention": 12})])
+def test_what_the_page_says_of_a_model(name, expected):
+    assert fallbacks(name) == expected
 
 
 @pytest.mark.slow
@@ -45,6 +53,7 @@ def test_a_training_step_of(name):
     images, labels = torch.randn(2, 3, size, size, dtype=dtype), torch.tensor([1, 7])
     with clip_per_sample(model, 1.0, "sum") as clip:
         (2 * classification_loss(model, images, labels)).backward()
+        assert counted(clip.regions) == APART.get(name, {})
     norms = clip.result.norms
     total = torch.stack([p.grad.norm(dtype=torch.float) for p in model.parameters()]).norm()
     assert norms.isfinite().all()

@@ -84,6 +84,7 @@ class MemberCapture:
         return len(self._held)
 
     sample_axis = 1
+    regions = ()
     """Of the samples in contributions, `[K, N, *shape]`."""
 
     @property

@@ -1,0 +1,176 @@
+"""How a module runs that uses parameters itself: on the batch as a whole where that is safe, or apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from psgrad.capture.copies import Record
+from psgrad.capture.direct import Direct, UnknownUseError
+from psgrad.capture.learning import Learning
+from psgrad.capture.region import Region, Use, first_rows
+from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
+from psgrad.errors import CaptureError, ShapeError
+from psgrad.independence import check_samples_apart
+
+__all__ = ["Owners"]
+
+
+class Owners:
+    """Runs every module of a model that has trainable parameters and no rule.
+
+    In the trials of the first batch it is tried on the batch as a whole (`psgrad.capture.direct`). It stays
+    so if every use of its parameters is known to keep samples apart, and the values of its results say that
+    what else it computes does too. All others run one sample at a time (`psgrad.capture.region`).
+
+    Parameters
+    ----------
+    learning
+        What the first batch tells.
+    rows_per_sample
+        K.
+    recording
+        Returns what is to be called in backward with a parameter and its `[N, *shape]` gradient.
+    use
+        Computes and captures what a rule says of a module without parameters, given two.
+    anchor
+        A scalar that requires grad.
+
+    Attributes
+    ----------
+    region
+        The one that is running, if any.
+
+    """
+
+    def __init__(
+        self,
+        learning: Learning,
+        rows_per_sample: int,
+        recording: Callable[[], Record],
+        use: Use,
+        anchor: Tensor,
+    ) -> None:
+        self._learning = learning
+        self._rows_per_sample = rows_per_sample
+        self._recording = recording
+        self._use = use
+        self._anchor = anchor
+        self._as_a_whole: dict[str, bool] = {}  # by path, once it is known
+        self._inside = False  # of a module that is being tried, whose check looks at all inside of it
+        self.region: Region | None = None
+
+    def is_region(self, path: str) -> bool:
+        """Whether the module runs one sample at a time, as far as is known."""
+        return not self._as_a_whole.get(path, self._learning.trying)
+
+    def make_region(self, path: str) -> None:
+        """Run the module one sample at a time from now on."""
+        self._as_a_whole[path] = False
+
+    def run(
+        self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, root_rows: int | None
+    ) -> Any:
+        """Run one; inside of a region it runs as it is.
+
+        Parameters
+        ----------
+        layer
+            The module.
+        forward, args, kwargs
+            Its call.
+        root_rows
+            N K of the model's batch, where the model was called.
+
+        Raises
+        ------
+        ShapeError
+            If the rows do not make whole samples.
+        OtherRowsError
+            If no input, or one of a layer inside, has not the batch's.
+        CaptureError
+            If a later batch shows that samples may not stay apart, and the module has already written to its
+            inputs.
+
+        """
+        if self.region is not None:
+            return forward(*args, **kwargs)
+        rows = root_rows if root_rows is not None else first_rows(args, kwargs)
+        if rows is None or rows % self._rows_per_sample:
+            seen = "no input is a batch" if rows is None else f"{rows} rows"
+            raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
+        lengths = {i: t.shape[0] for i, t in _tensors(args, kwargs) if t.ndim}
+        batched = self._learning.batched(layer.path, lengths, rows)
+        if rows and not self.is_region(layer.path):
+            run_whole = self._try_whole if self._learning.trying else self._run_whole
+            done, out = run_whole(layer, forward, args, kwargs, rows)
+            if done:
+                return out
+            self.make_region(layer.path)
+        if not batched:
+            raise OtherRowsError(layer, f"no input has the batch's {rows} rows")
+        self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
+        try:
+            return self.region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
+        finally:
+            self.region = None
+
+    def _try_whole(
+        self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int
+    ) -> tuple[bool, Any]:
+        """Return whether it is safe, and what it returned.
+
+        Raises
+        ------
+        OtherRowsError
+            If a layer inside is given other rows than the batch's.
+
+        """
+        inside, known = self._inside, dict(self._as_a_whole)
+        self._inside = True
+        try:
+            out = self._direct(rows).run(layer.module, forward, args, kwargs)
+            if not (inside or known.get(layer.path) or type(layer.module) in OPAQUE):
+                check_samples_apart(layer.module, args, kwargs, rows, self._rows_per_sample)
+        except Exception as error:  # whatever a module may raise that is given a stand-in, or other samples
+            self._as_a_whole = known
+            if isinstance(error, OtherRowsError):
+                raise
+            return False, None
+        finally:
+            self._inside = inside
+        self._as_a_whole[layer.path] = True
+        return True, out
+
+    def _run_whole(
+        self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int
+    ) -> tuple[bool, Any]:
+        """Return whether all uses were known, and what it returned.
+
+        Raises
+        ------
+        CaptureError
+            If they were not, and the module's inputs are no longer what they were.
+
+        """
+        versions = [t._version for _, t in _tensors(args, kwargs)]
+        try:
+            return True, self._direct(rows).run(layer.module, forward, args, kwargs)
+        except UnknownUseError as error:
+            if versions == [t._version for _, t in _tensors(args, kwargs)]:
+                return False, None
+            raise CaptureError(
+                f"{layer}: {error}. It did not on the first batch, and has written to its input before it "
+                "came there: let the first batch take this branch, or copy the input."
+            ) from error
+
+    def _direct(self, rows: int) -> Direct:
+        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor)
+
+
+def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:
+    """Return the tensors of a call, and their positions among its leaves."""
+    return [(i, leaf) for i, leaf in enumerate(tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)]

@@ -1,0 +1,310 @@
+"""Parameters that a module uses itself: exact on the batch as a whole, and where that is not sure, apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from psgrad import CaptureError, PerSampleGrads, clip_per_sample
+from tests.model_oracle import grads_one_by_one, squared_loss
+
+
+class Uses(nn.Module):
+    """Runs `use(self, h)` on `h [N, T, 3]`, with parameters to do it with."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+        self.inner = nn.Linear(3, 3)
+        self.row = nn.Parameter(torch.randn(3))
+        self.table = nn.Parameter(torch.randn(1, 5, 3))
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+        self.square = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        return h + self.use(self, h).tanh().mean(1, keepdim=True)
+
+
+def written_to(self, h):
+    h = h * 1
+    h += self.table
+    h.mul_(self.row)
+    return h
+
+
+def caught(self, h):
+    try:
+        return h + self.row.sin()
+    except CaptureError:
+        return h
+
+
+def beside(self, h):
+    return torch.cat([self.token.expand(len(h), -1, -1), h, self.row.repeat(len(h), 1, 1)], dim=1)
+
+
+class Sums(nn.Module):
+    def forward(self, h, p):
+        return h + p.expand(len(h), 5, 3)
+
+
+class Centred(nn.Module):
+    def forward(self, h):
+        return h - h.mean(0)
+
+
+class HiddenBehindZeros(nn.Module):
+    """Mixes, though nothing of it reaches the result before `last` has learned something."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Parameter(torch.zeros(3))
+        self.centre = Centred()
+
+    def forward(self, h):
+        return h + self.last * self.centre(h)
+
+
+def twice(self, h):
+    h = h * self.row + self.table
+    return torch.tanh(h) * self.row - self.table
+
+
+KNOWN = {
+    "scale": lambda self, h: self.row * h,
+    "embedding": lambda self, h: h + self.table,
+    "minus": lambda self, h: self.row - h / self.table.shape[1] - torch.sub(h, self.row, alpha=2),
+    "quotient": lambda self, h: self.row / (h + 3) + h / (self.table.expand(len(h), -1, -1)),
+    "in place": written_to,
+    "beside": beside,
+    "expanded in a child": lambda self, h: Sums()(h, self.token),
+    "expand as": lambda self, h: h * self.token.expand_as(h),
+    "linear": lambda self, h: F.linear(h, self.square, self.row),
+    "layer norm": lambda self, h: F.layer_norm(h, (3,), self.row, self.inner.bias),
+    "child's weight": lambda self, h: F.linear(h, self.inner.weight, self.row) * self.inner.bias,
+    "twice": twice,
+}
+UNKNOWN = {
+    "mean over copies": lambda self, h: h + self.token.expand(len(h), 5, 3).mean(0),
+    "shuffled copies": lambda self, h: h + self.table.expand(len(h), -1, -1).flip(0),
+    "beside in axis 0": lambda self, h: torch.cat([self.token.expand(len(h), 5, 3), h], 0)[-len(h) :],
+    "beside copies only": lambda self, h: (
+        h + torch.cat([self.token.expand(len(h), 4, 3)] * 2, 1).mean((0, 1))
+    ),
+    "plus zeros": lambda self, h: h + (self.token + h.new_zeros(len(h), 5, 3)).mean(0),
+    "along the batch": lambda self, h: (h.transpose(0, 1) + self.table.transpose(0, 1)).transpose(0, 1),
+    "matrix": lambda self, h: h @ self.square,
+    "function": lambda self, h: h * self.row.sigmoid(),
+    "two parameters": lambda self, h: h + (self.row + self.table),
+    "computed weight": lambda self, h: F.linear(h, self.square.tril()),
+    "caught": caught,
+    "centred": lambda self, h: h * self.row - h.mean(0),
+    "centred in a child": lambda self, h: Centred()(h) * self.row,
+}
+
+
+def model_of(use):
+    torch.manual_seed(0)
+    return nn.Sequential(Uses(use), nn.Linear(3, 2)).double()
+
+
+def assert_exact(model, handle_of, x, rows_per_sample=1):
+    """Norms and clipped sum are the oracle's; of parameters that the use leaves out, there are none."""
+    for p in grads_unused(model, x):
+        p.requires_grad_(False)
+    expected = grads_one_by_one(model, squared_loss, [x], rows_per_sample)
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    factors = (norms.median() / norms).clamp(max=1)
+    samples = len(x) // rows_per_sample
+    with handle_of(model, norms.median().item(), "sum", rows_per_sample=rows_per_sample) as clip:
+        for _ in range(2):  # the first batch, and one when all is known
+            model.zero_grad()
+            (squared_loss(model, x) * samples).backward()
+            torch.testing.assert_close(clip.result.norms, norms)
+            for path, p in model.named_parameters():
+                if p.requires_grad:
+                    torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
+        return clip.regions
+
+
+def grads_unused(model, x):
+    grads = torch.autograd.grad(squared_loss(model, x), list(model.parameters()), allow_unused=True)
+    return [p for p, grad in zip(model.parameters(), grads, strict=True) if grad is None]
+
+
+@pytest.mark.parametrize("rows_per_sample", [1, 2])
+@pytest.mark.parametrize("rows", [6, 10])  # with K = 2, as many samples as steps
+@pytest.mark.parametrize("name", KNOWN | UNKNOWN)
+def test_every_use(name, rows, rows_per_sample):
+    x = torch.randn(rows, 5, 3, dtype=torch.double)
+    regions = assert_exact(model_of((KNOWN | UNKNOWN)[name]), clip_per_sample, x, rows_per_sample)
+    assert regions == (() if name in KNOWN else ("0",))
+
+
+class Attends(nn.Module):
+    def __init__(self, *, batch_first, mask=None, **options):
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
+        self.call = {"need_weights": False, "attn_mask": mask}
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        out = self.attention(x, x, x, **self.call)[0]
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+ATTENTIONS = {
+    "plain": ({}, True),
+    "without bias": ({"bias": False}, True),
+    "left out": ({"mask": CAUSAL}, True),
+    "added": ({"mask": torch.linspace(-1, 1, 25).reshape(5, 5).double()}, True),
+    "with keys": ({"add_bias_kv": True}, False),
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(name, batch_first):
+    options, known = ATTENTIONS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Attends(batch_first=batch_first, **options)).double()
+    x = torch.randn(5, 5, 3, dtype=torch.double)
+    before = model(x)
+    with PerSampleGrads(model):
+        torch.testing.assert_close(model(x), before)
+    assert (assert_exact(model, clip_per_sample, x) == ()) is known
+
+
+def test_causal_attention():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.double)
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, src_mask=mask, is_causal=True)
+
+    assert assert_exact(Causal(), clip_per_sample, torch.randn(4, 5, 4, dtype=torch.double)) == ()
+
+
+def test_a_use_that_only_a_later_batch_has():
+    model = model_of(
+        lambda self, h: h + (self.table.flip(1) if h.shape[0] == 6 and self.late else self.table)
+    )
+    model[0].late = False
+    x = torch.randn(6, 5, 3, dtype=torch.double)
+    with PerSampleGrads(model[0]) as handle:
+        squared_loss(model[0], x).backward()
+        assert handle.regions == ()
+        model[0].late = True
+        expected = grads_one_by_one(model[0], squared_loss, [x])
+        squared_loss(model[0], x).backward()
+        assert handle.regions == ("",)
+        for path, p in model[0].named_parameters():
+            if p.grad_sample is not None and expected[path] is not None:
+                torch.testing.assert_close(p.grad_sample, expected[path])
+
+
+def test_a_use_that_only_a_later_batch_has_after_an_input_was_written_to():
+    model = Late().double()
+    x = torch.randn(4, 3, dtype=torch.double)
+    with PerSampleGrads(model) as handle:
+        squared_loss(model, x).backward()
+        assert handle.regions == ()
+        model.scaled.late = True
+        with pytest.raises(CaptureError, match=r"scaled \(Scaled\): sin .*copy the input"):
+            model(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3))
+        self.late = False
+
+    def forward(self, h):
+        h += self.scale
+        return h * (self.scale.sin() if self.late else self.scale)
+
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.scaled = Scaled()
+
+    def forward(self, x):
+        return self.scaled(self.linear(x))
+
+
+def test_mixing_that_a_factor_of_zero_hides():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), HiddenBehindZeros(), nn.Linear(3, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.double)
+    assert assert_exact(model, clip_per_sample, x) == ("1",)
+
+
+def test_a_module_inside_of_one_that_mixes_is_a_region_with_it():
+    torch.manual_seed(0)
+    inner = Scaled()
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+            self.scale = nn.Parameter(torch.randn(3))
+
+        def forward(self, h):
+            return self.inner(h * self.scale) - h.mean(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.around = Around()
+
+        def forward(self, x):
+            return self.around.inner(self.around(self.linear(x)))
+
+    x = torch.randn(4, 3, dtype=torch.double)
+    assert "around" in assert_exact(Twice().double(), clip_per_sample, x)
+
+
+def test_a_stand_in_that_a_module_keeps_is_not_used_again():
+    kept = []
+    model = model_of(lambda self, h: (kept.append(self.row), h + self.row)[1])
+    with PerSampleGrads(model):
+        model(torch.randn(4, 5, 3, dtype=torch.double))
+        with pytest.raises(CaptureError, match="last forward"):
+            torch.ones(4, 5, 3) + kept[-1]
+
+
+def test_a_checkpoint_around_a_direct_use():
+    torch.manual_seed(0)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = Uses(lambda self, h: h * self.row + self.table)
+            self.scale = nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            return checkpoint(self.inside, x, use_reentrant=False) * self.scale
+
+    assert assert_exact(Outer().double(), clip_per_sample, torch.randn(4, 5, 3, dtype=torch.double)) == ()
+
+
+def test_empty_batch_of_a_direct_use():
+    model = model_of(KNOWN["scale"])
+    with PerSampleGrads(model, "sum"):
+        squared_loss(model, torch.randn(4, 5, 3, dtype=torch.double)).backward()
+        model.zero_grad()
+        model(torch.randn(0, 5, 3, dtype=torch.double)).sum().backward()
+    assert model[0].row.grad_sample.shape == (0, 3)
