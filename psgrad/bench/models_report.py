@@ -22,8 +22,9 @@ model, which replaces attention layers as well, and once more with every `inplac
 Compared is each parameter's gradient for each sample, in float64, with one ordinary backward pass per sample:
 *right* is an error of at most 1e-8 of the parameter's own gradients. Dropout and stochastic depth are in
 eval mode for the comparison, all else is in training mode. *How* says which modules psgrad runs one sample
-at a time under `torch.func`; all others go by rule. *Not compared* are the largest, for want of memory; a clipped training
-step, with everything random on, is run on every one of the models by the slow tests (`tests/models`).
+at a time under `torch.func`; all others go by rule. *Not compared* are the largest, for want of memory; a
+clipped training step, with everything random on, is run on every one of the models by the slow tests
+(`tests/models`).
 
 Not in the table: 13 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, ..) and ten models
 of timm are compared the same way in `tests/models/test_other_libraries.py`, with the extra `zoo`.

@@ -1,7 +1,8 @@
 """One call of a layer with a rule, recorded: its input, and in backward the gradient of its output.
 
 The layer runs on detached parameters, so that autograd computes the gradient of its input and nothing
-else; one node after it passes the gradient of the output on as it is, and tells.
+else; one node after it passes the gradient of the output on as it is, and tells. Or a rule computes the
+input's gradient together with its own, in one node that tells as well.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psgrad.capture.survey import Layer
 from psgrad.errors import CaptureError
@@ -33,17 +34,20 @@ def captured_call(
     `anchor` is a scalar that requires grad: it makes the call part of the graph where x does not.
     """
     params = {name: None if p is None else p.detach() for name, p in layer.parameters.items()}
-    out, saved = rule.forward_saving(layer.module, params, x, *rest)
-    return told(record, layer.path, anchor, x, out, *saved)
+    if not rest and rule.has_own_backward(layer.module, x):
+        once = _once(record, layer.path)
+        return _Computed.apply(once, rule, layer.module, tuple(params), anchor, x, *params.values())
+    return told(record, layer.path, anchor, x, rule.forward(layer.module, params, x, *rest))
 
 
-def told(
-    record: Callable[..., None], path: str, anchor: Tensor, x: Tensor, out: Tensor, *saved: Tensor
-) -> Tensor:
+def told(record: Callable[..., None], path: str, anchor: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """`out`, which a layer at `path` computed from x on detached parameters; as for `captured_call`."""
-    if torch._C._current_graph_task_id() != -1:  # a checkpoint runs the layer again, in backward
-        record = partial(_refuse, path)
-    return _Told.apply(record, anchor, x, out, *saved)
+    return _Told.apply(_once(record, path), anchor, x, out)
+
+
+def _once(record: Callable[..., None], path: str) -> Callable[..., None]:
+    """`record`, or what refuses where a checkpoint runs the layer again, in backward."""
+    return record if torch._C._current_graph_task_id() == -1 else partial(_refuse, path)
 
 
 def _refuse(path: str, *_: Tensor) -> None:
@@ -57,18 +61,51 @@ class _Told(torch.autograd.Function):
     """`out` as it is."""
 
     @staticmethod
-    def forward(
-        ctx: Any, record: Callable[..., None], anchor: Tensor, x: Tensor, out: Tensor, *saved: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, record: Callable[..., None], anchor: Tensor, x: Tensor, out: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *saved)
+        ctx.save_for_backward(x)
         ctx.record = record
         return out.detach()  # no view: what follows may write to it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         if g is not None:
-            ctx.record(x.detach(), g, *saved)
-        return None, None, None, g, *(None for _ in saved)
+            ctx.record(x.detach(), g)
+        return None, None, None, g
+
+
+class _Computed(torch.autograd.Function):
+    """A layer whose rule computes the gradient of x as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        record: Callable[..., None],
+        rule: LayerRule,
+        module: nn.Module,
+        names: tuple[str, ...],
+        anchor: Tensor,
+        x: Tensor,
+        *params: Tensor | None,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        out, saved = rule.forward_saving(module, dict(zip(names, params, strict=True)), x)
+        ctx.save_for_backward(x, *params, *saved)
+        ctx.record, ctx.rule, ctx.module, ctx.names = record, rule, module, names
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *others = ctx.saved_tensors
+        to_x = None
+        if g is not None:
+            params = dict(zip(ctx.names, others, strict=False))
+            saved = tuple(others[len(params) :])
+            to_input = ctx.needs_input_grad[5]
+            x = x.detach()
+            to_x, computed = ctx.rule.own_backward(ctx.module, params, x, saved, g, to_input=to_input)
+            ctx.record(x, g, *computed)
+        return None, None, None, None, None, to_x, *(None for _ in ctx.names)

@@ -40,7 +40,7 @@ class LayerCall:
     wanted
         Names of the layer's own parameters whose gradients are asked for.
     saved
-        What `LayerRule.forward_saving` saved, or nothing.
+        What `LayerRule.own_backward` computed beside the input's gradient, `[(N K), ...]`, or nothing.
 
     """
 
@@ -80,11 +80,31 @@ class LayerRule(ABC):
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
         """Compute the layer's output with these values of its parameters."""
 
+    def has_own_backward(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether `forward_saving` and `own_backward` take the place of `forward` and its autograd.
+
+        Worth it where the input's gradient and the parameters' have work in common.
+        """
+        return False
+
     def forward_saving(
-        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any
+        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Compute the output, and what of it the verbs would compute again: `[(N K), ...]`, no gradient."""
-        return self.forward(module, params, x, *args), ()
+        """Compute the output, and what of it `own_backward` takes; autograd does not record it."""
+        raise NotImplementedError
+
+    def own_backward(
+        self,
+        module: Any,
+        params: Mapping[str, Tensor | None],
+        x: Tensor,
+        saved: tuple[Tensor, ...],
+        g: Tensor,
+        *,
+        to_input: bool,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Compute the gradient of x, if asked for, and what the verbs take from `LayerCall.saved`."""
+        raise NotImplementedError
 
     @abstractmethod
     def grads(self, call: LayerCall) -> dict[str, Tensor]:

@@ -63,61 +63,95 @@ class GroupNorm(_Channels):
         """See `_Affine.normalised`."""
         return torch.group_norm(x, module.num_groups, None, None, module.eps)
 
+    def has_own_backward(self, module: Any, x: Tensor) -> bool:
+        """See `LayerRule.has_own_backward`; the sums it adds up would be too short in half precision."""
+        return bool(x.numel()) and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+
     def forward_saving(
-        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any
+        self, module: Any, params: Mapping[str, Tensor | None], x: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Save the mean and the inverse deviation of every row and group."""
-        if not x.numel() or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
-            return super().forward_saving(module, params, x, *args)
         sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), module.num_groups)
-        weight, bias = params["weight"], params["bias"]
-        out, *saved = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, module.eps)
+        out, *saved = torch.native_group_norm(
+            x.contiguous(), params["weight"], params["bias"], *sizes, module.eps
+        )
         return out, tuple(saved)
 
-    def grads(self, call: LayerCall) -> dict[str, Tensor]:
-        """See `LayerRule.grads`.
+    def own_backward(
+        self,
+        module: Any,
+        params: Mapping[str, Tensor | None],
+        x: Tensor,
+        saved: tuple[Tensor, ...],
+        g: Tensor,
+        *,
+        to_input: bool,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return the gradients of x, and of weight and bias for every row, `[(N K), C]`."""
+        few = 1 < math.prod(x.shape[2:]) < FEW_POSITIONS
+        backward = _backward_of_few_positions if few else _fused_backward
+        mean, rstd = saved
+        return backward(x, g, mean, rstd, params["weight"], to_input)
 
-        Of one sample with `N C` channels in `N G` groups the ordinary gradient is `[N C]`: one fused call.
-        It subtracts a mean, for which half precision would be too little.
-        """
-        if not call.saved or call.g.dtype != call.x.dtype:
+    def grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """See `LayerRule.grads`."""
+        if not call.saved:
             return super().grads(call)
-        by_row = _of_few_positions if 1 < math.prod(call.x.shape[2:]) < FEW_POSITIONS else _fused
-        grads = dict(zip(("weight", "bias"), by_row(call), strict=True))
+        by_row = dict(zip(("weight", "bias"), call.saved, strict=True))
         if call.rows_per_sample == 1:
-            return {name: grads[name] for name in call.wanted}
-        return {name: sample_sum(call, grads[name], keep=(1,)) for name in call.wanted}
+            return {name: by_row[name] for name in call.wanted}
+        return {name: sample_sum(call, by_row[name], keep=(1,)) for name in call.wanted}
 
 
 FEW_POSITIONS = 8
-"""Below, PyTorch's fused call takes three times as long: it adds up vectors, mostly of nothing."""
+"""Below, PyTorch's fused call takes two to three times as long: it adds up vectors, mostly of nothing."""
 
 
-def _fused(call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias `[(N K), C]`, in one call."""
-    rows, channels = call.x.shape[:2]
-    folded = (1, rows * channels, math.prod(call.x.shape[2:]))
-    mean, rstd = (t.view(1, -1) for t in call.saved)
-    _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        call.g.reshape(folded),
-        call.x.reshape(folded),
-        mean,
-        rstd,
-        None,
+def _fused_backward(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, to_input: bool
+) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """Compute all in one call: of one sample with `N C` channels in `N G` groups, gradients are `[N C]`."""
+    rows, channels = x.shape[:2]
+    folded = (1, rows * channels, math.prod(x.shape[2:]))
+    to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
+        g.reshape(folded),
+        x.reshape(folded),
+        mean.view(1, -1),
+        rstd.view(1, -1),
+        None if weight is None else weight.repeat(rows),
         *folded,
-        mean.shape[1],
-        (False, True, True),
+        mean.numel(),
+        (to_input, True, True),
     )
-    return weight.view(rows, channels), bias.view(rows, channels)
+    grads = to_weight.view(rows, channels), to_bias.view(rows, channels)
+    return to_x.view(x.shape) if to_input else None, grads
 
 
-def _of_few_positions(call: LayerCall) -> tuple[Tensor, Tensor]:
-    """As `_fused`, in elementary operations."""
-    rows, channels = call.x.shape[:2]
-    mean, rstd = (t.unsqueeze(2) for t in call.saved)
-    normalised = ((call.x.reshape(rows, mean.shape[1], -1) - mean) * rstd).view(rows, channels, -1)
-    g = call.g.reshape(rows, channels, -1)
-    return (g * normalised).sum(2), g.sum(2)
+def _backward_of_few_positions(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, to_input: bool
+) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """As `_fused_backward`, in elementary operations.
+
+    With y normalised, and h the gradient of y, of a group: x has `rstd (h - mean(h) - y mean(h y))`.
+    """
+    rows, channels = x.shape[:2]
+    groups = mean.shape[1]
+
+    def of_groups(t: Tensor) -> Tensor:
+        return t.reshape(rows, groups, -1)
+
+    y = (of_groups(x) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
+    g = g.reshape(rows, channels, -1)
+    to_weight, to_bias = (g * y.view(g.shape)).sum(2), g.sum(2)
+    if not to_input:
+        return None, (to_weight, to_bias)
+    if weight is None:
+        h, by_y, by_h = g, to_weight, to_bias
+    else:
+        h, by_y, by_h = g * weight.unsqueeze(1), to_weight * weight, to_bias * weight
+    mean_hy, mean_h = (of_groups(t).sum(2, keepdim=True) / y.shape[2] for t in (by_y, by_h))
+    to_x = (of_groups(h) - mean_h).addcmul_(y, mean_hy, value=-1).mul_(rstd.unsqueeze(2))
+    return to_x.view(x.shape), (to_weight, to_bias)
 
 
 class InstanceNorm(_Channels):
