@@ -6,7 +6,7 @@ its own and knows no types, so that it also finds what a custom module does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from psgrad.errors import ConfigError, RefusedModelError, ShapeError
 from psgrad.watch import Watch
 
-__all__ = ["check_rows_independent", "check_samples_apart"]
+__all__ = ["Call", "check_rows_independent", "check_samples_apart", "why_mixed"]
 
 SEED = 0
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""args and kwargs."""
 
 
 def check_rows_independent(module: nn.Module, *inputs: Any, rows_per_sample: int = 1) -> None:
@@ -62,7 +65,7 @@ def check_rows_independent(module: nn.Module, *inputs: Any, rows_per_sample: int
     if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
         raise ConfigError("the module has lazy parameters without a shape: run it on a batch first")
     state = [*module.parameters(), *module.buffers()]
-    _check(module, inputs, {}, samples * rows_per_sample, rows_per_sample, state)
+    _check(module, (inputs, {}), samples * rows_per_sample, rows_per_sample, state)
 
 
 def check_samples_apart(
@@ -91,17 +94,10 @@ def check_samples_apart(
     """
     if not any(_has_rows(leaf, rows) for leaf in tree_leaves((args, kwargs))):
         raise ConfigError("no input is known to be the batch")
-    _check(module, args, kwargs, rows, rows_per_sample, list(module.buffers()))
+    _check(module, (args, kwargs), rows, rows_per_sample, list(module.buffers()))
 
 
-def _check(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rows: int,
-    rows_per_sample: int,
-    state: list[Tensor],
-) -> None:
+def _check(module: nn.Module, call: Call, rows: int, rows_per_sample: int, state: list[Tensor]) -> None:
     """See `check_rows_independent`; `state` is what the module may write to.
 
     Raises
@@ -111,33 +107,57 @@ def _check(
 
     """
     samples = rows // rows_per_sample
-    call = (args, kwargs)
+    with torch.random.fork_rng(_cuda_devices(module, call)):
+        torch.manual_seed(SEED)
+        others = tree_map(lambda leaf: _other_values(leaf) if _has_rows(leaf, rows) else leaf, call)
+    runs = [(torch.zeros(samples, dtype=torch.bool), call)]
+    for changed in _halves(samples):
+        mask = changed.repeat_interleave(rows_per_sample)
+
+        def mixed(old: Any, new: Any, mask: Tensor = mask) -> Any:
+            return _where(mask, new, old) if _has_rows(old, rows) else old
+
+        runs.append((changed, tree_map(mixed, call, others)))
+    if why := why_mixed(module, runs, state):
+        raise RefusedModelError(why)
+
+
+def why_mixed(module: nn.Module, runs: Sequence[tuple[Tensor, Call]], state: list[Tensor]) -> str | None:
+    """Say which submodule mixes samples, and what to do, or None.
+
+    Parameters
+    ----------
+    module
+        Any.
+    runs
+        Which samples are not as in the first, `[N]`, and the call: args and kwargs.
+    state
+        What the module may write to, beside other buffers' places; given back.
+
+    Raises
+    ------
+    ConfigError
+        If the first run differs from itself run again.
+
+    """
     with (
-        torch.random.fork_rng(_cuda_devices(module, call)),
+        torch.random.fork_rng(_cuda_devices(module, [call for _, call in runs])),
         torch.no_grad(),
         _given_back(module, state) as reset,
     ):
-        torch.manual_seed(SEED)
-        others = tree_map(lambda leaf: _other_values(leaf) if _has_rows(leaf, rows) else leaf, call)
         watch = Watch(module)
         reset()
-        watch.run(*_copied(call))
+        watch.run(*_copied(runs[0][1]))
         reset()
-        watch.run(*_copied(call), changed=torch.zeros(samples, dtype=torch.bool))
+        watch.run(*_copied(runs[0][1]), changed=runs[0][0])
         watch.settle_noise()
-        for changed in _halves(samples):
-            mask = changed.repeat_interleave(rows_per_sample)
-            mixed = tree_map(
-                lambda old, new, m=mask: _where(m, new, old) if _has_rows(old, rows) else old, call, others
-            )
+        for changed, call in runs[1:]:
             reset()
-            watch.run(*_copied(mixed), changed=changed)
-    for seen in watch.calls:
-        if why := seen.why_mixed():
-            raise RefusedModelError(f"{seen}: {why}")
+            watch.run(*_copied(call), changed=changed)
+    return next((f"{seen}: {why}" for seen in watch.calls if (why := seen.why_mixed())), None)
 
 
-def _copied(call: tuple[Any, Any]) -> tuple[Any, Any]:
+def _copied(call: Call) -> Call:
     """Copy the tensors, to which the module may write."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, call)
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
+from psgrad.capture.mixed import refuse_mixed
 from psgrad.capture.owners import Owners
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
@@ -81,7 +82,7 @@ class Capture:
         self._root_rows: int | None = None
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
-        self._learned = False
+        self._learned = False  # all that batches tell
         # What makes every captured node part of the graph, also where nothing else requires grad.
         self._anchor = torch.zeros((), requires_grad=True)
         layers = layers_of(module)
@@ -177,15 +178,23 @@ class Capture:
 
         Raises
         ------
+        RefusedModelError
+            If the model mixes samples. A batch of one cannot tell; then the next one is asked.
         CaptureError
-            If only the latter works. What neither can do is told as it is without psgrad.
+            If only all samples work. What neither can do is told as it is without psgrad.
 
         """
         failed = None
+        run = partial(self._run_rows, forward)
         try:
-            self._learning.learn(partial(self._run_rows, forward), args, kwargs, rows)
+            if not self._learning.done:
+                self._learning.learn(run, args, kwargs, rows)
         except Exception as error:  # whatever a model may raise
             failed = error
+        else:
+            if rows > self._rows_per_sample:
+                refuse_mixed(self._module, run, (args, kwargs), rows, self._rows_per_sample)
+                self._learned = True
         out = self._run_batch(forward, args, kwargs, rows)
         if failed is not None:
             raise CaptureError(
@@ -193,7 +202,6 @@ class Capture:
                 "with another number of samples, to tell the axis of the batch from others as long; let "
                 "the model take a batch of any size."
             ) from failed
-        self._learned = True
         return out
 
     def _run_batch(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:

@@ -41,6 +41,8 @@ class Learning:
     ----------
     trying
         Whether a trial is running.
+    done
+        Whether `learn` has come to its end.
 
     """
 
@@ -56,7 +58,7 @@ class Learning:
         self._rows_per_sample = rows_per_sample
         self._widen = widen
         self._inputs = RegionInputs()
-        self.trying = False
+        self.trying = self.done = False
 
     def batched(self, path: str, lengths: Lengths, rows: int) -> set[int]:
         """Return which inputs of a region's call are the batch; in a trial, also learn from it."""
@@ -94,6 +96,7 @@ class Learning:
                     break  # what cannot be captured is refused in backward, by name
         finally:
             self.trying = False
+        self.done = True
 
     def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
         """Return paths of what must run in a region around it."""

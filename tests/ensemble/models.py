@@ -62,7 +62,7 @@ class Tied(nn.Module):
 
 
 class Branching(nn.Module):
-    """Control flow on values: nothing traces it."""
+    """Control flow on values, no sample's: nothing traces it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        return out * 2 if out.sum() > 0 else out
+        return out * 2 if self.linear.bias.sum() > 0 else out
 
 
 class Silent(nn.Module):

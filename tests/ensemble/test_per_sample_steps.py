@@ -167,6 +167,24 @@ def test_what_mixes_samples_is_refused_by_path() -> None:
             ens(images(2))
 
 
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_module_that_mixes_samples_is_refused_on_the_first_batch(own: bool, strategy: str) -> None:
+    ens = Ensemble.from_factory(
+        lambda: nn.Sequential(nn.Linear(4, 4), Centred(), nn.Linear(4, 2)), range(K), strategy=strategy
+    )
+    shape = (K, 5, 4) if own else (5, 4)
+    with psgrad.clip_per_sample(ens, 0.3):
+        ens(torch.randn(shape)[..., :1, :], own=own)  # one sample says nothing
+        with pytest.raises(RefusedModelError, match=r"1 \(Centred\): mixes samples"):
+            ens(torch.randn(shape), own=own)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     fn = FOLDED["wide"][0]
     ens = Ensemble.from_factory(fn, range(K))

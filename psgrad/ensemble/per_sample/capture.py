@@ -67,6 +67,7 @@ class MemberCapture:
         self._held = [Held() for _ in range(ensemble.members)]
         self._open: set[_Part] = set()  # what the present backward pass reached and has not ended
         self._samples: int | None = None
+        self._tried = False  # whether a batch has told that samples are not mixed
         members = [_Part(self, held.add) for held in self._held]
         self._looped = LoopedCapture(ensemble.stacked, members, rows_per_sample)
         self._trainable = trainable_of(ensemble)
@@ -84,8 +85,10 @@ class MemberCapture:
         return len(self._held)
 
     sample_axis = 1
-    regions = ()
     """Of the samples in contributions, `[K, N, *shape]`."""
+
+    regions = ()
+    """See `psgrad.capture.attach.Attached`: what runs how is in the ensemble's plan."""
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -111,8 +114,12 @@ class MemberCapture:
         ensemble.check_own(inputs, own)
         self._check()
         refuse_mixing(ensemble.stacked)
+        of_first = tuple(x[0] if own and isinstance(x, Tensor) else x for x in inputs)
+        rows = first_rows(of_first, {})
+        if not self._tried and rows and rows > self._rows_per_sample:
+            self._looped.try_first(of_first)
+            self._tried = True
         out = self._run_members(inputs, own)
-        rows = first_rows(tuple(x[0] for x in inputs if isinstance(x, Tensor)) if own else inputs, {})
         if self._loss is not None and rows:
             self._loss.mark(out, rows // self._rows_per_sample, rows, (len(self._held),))
         return out

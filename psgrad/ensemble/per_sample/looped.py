@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from psgrad.capture import Capture, Consumer, Contribution, PerParameter
 from psgrad.capture.recorder import trainable_of
+from psgrad.capture.trial import without_trace
 from psgrad.ensemble.loop import loop_members, stacked_results
 from psgrad.ensemble.members import member_of, tensors_of
 from psgrad.ensemble.per_sample.contribution import MemberContribution
@@ -62,6 +63,19 @@ class LoopedCapture:
         return stacked_results(
             loop_members(lambda k: self._modules[k](*args_of(k)), len(self._modules), randomness)
         )
+
+    def try_first(self, args: tuple[Any, ...]) -> None:
+        """Run the first member for nothing but what its capture refuses: mixed samples.
+
+        Raises
+        ------
+        RefusedModelError
+            By paths in the member.
+
+        """
+        self._follow()
+        with without_trace(self._stacked):
+            self._modules[0](*args)
 
     def remove(self) -> None:
         """Detach from the members' modules."""

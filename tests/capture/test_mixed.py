@@ -1,0 +1,157 @@
+"""A model that mixes samples, in whatever module, is refused on its first batch of more than one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from psgrad import GradNorms, PerSampleGrads, RefusedModelError, clip_per_sample
+from tests.model_oracle import squared_loss
+
+HANDLES = {
+    "grads": PerSampleGrads,
+    "norms": GradNorms,
+    "clip": lambda model, **options: clip_per_sample(model, 1.0, **options),
+    "clip within a budget": lambda model, **options: clip_per_sample(
+        model, 1.0, memory_budget=1000, **options
+    ),
+}
+
+
+class Does(nn.Module):
+    def __init__(self, do):
+        super().__init__()
+        self.do = do
+
+    def forward(self, *args, **kwargs):
+        return self.do(*args, **kwargs)
+
+
+def model_of(do):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), Does(do), nn.Linear(6, 2))
+
+
+def from_the_one_before(h):
+    return torch.cat([h[:1], h[1:] + 1e-3 * h[:-1]])
+
+
+MIXING = {
+    "mean": lambda h: h - h.mean(0),
+    "largest": lambda h: h / h.abs().max(),
+    "running": lambda h: h.cumsum(0),
+    "the one before": from_the_one_before,
+    "the one after": lambda h: from_the_one_before(h.flip(0)).flip(0),
+    "attention": lambda h: torch.softmax(h @ h.T, 1) @ h,
+}
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7])
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("handle", HANDLES)
+def test_refused_by_path(handle, name, samples):
+    model = model_of(MIXING[name])
+    with HANDLES[handle](model), pytest.raises(RefusedModelError, match=r"^1 \(Does\): mixes samples"):
+        model(torch.randn(samples, 3))
+
+
+def test_a_batch_of_one_says_nothing_and_the_next_is_asked():
+    model = model_of(MIXING["mean"])
+    with PerSampleGrads(model):
+        for _ in range(2):
+            squared_loss(model, torch.randn(1, 3)).backward()
+        with pytest.raises(RefusedModelError, match=r"1 \(Does\)"):
+            model(torch.randn(2, 3))
+
+
+def test_rows_of_one_sample_may_meet():
+    def pairs(h):
+        return h - h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0)
+
+    x = torch.randn(6, 3)
+    with PerSampleGrads(model_of(pairs), rows_per_sample=2) as handle:
+        squared_loss(handle._capture._module, x).backward()
+    model = model_of(MIXING["mean"])
+    with PerSampleGrads(model, rows_per_sample=2), pytest.raises(RefusedModelError, match="Does"):
+        model(x)
+
+
+def test_mixing_by_a_module_with_layers():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x) + x.sum()
+
+    with PerSampleGrads(Reads()) as handle, pytest.raises(RefusedModelError, match=r"^the model itself"):
+        handle._capture._module(torch.randn(3, 3))
+
+
+def noise_from_numpy(h):
+    return h + torch.from_numpy(np.random.default_rng().normal(size=h.shape)).float()
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h):
+        self.calls += 1
+        return h * (1 + 0 * self.calls)
+
+
+def longest_first(h):
+    order = h.sum(1).argsort(descending=True)
+    return h[order].tanh()[order.argsort()]
+
+
+APART = {
+    "dropout": nn.Dropout(0.5),
+    "noise by need": nn.RReLU(),
+    "noise from elsewhere": Does(noise_from_numpy),
+    "counts": Counts(),
+    "longest first": Does(longest_first),
+    "not finite": Does(lambda h: torch.where(h > 0, h, torch.inf).exp().clamp(max=5)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_not_refused(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), APART[name], nn.Linear(6, 2))
+    x = torch.randn(5, 3)
+    torch.manual_seed(1)
+    expected = model(x)
+    buffers = {path: b.clone() for path, b in model.named_buffers()}
+    with PerSampleGrads(model):
+        torch.manual_seed(1)
+        out = model(x)
+    if name != "noise from elsewhere":
+        assert torch.equal(out, expected)  # the same random numbers
+    for path, b in model.named_buffers():
+        assert torch.equal(b, buffers[path] + 1)  # counted once
+
+
+def test_a_loss_that_the_model_returns_beside_its_outputs_is_no_mixing():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, labels):
+            out = self.linear(x)
+            return {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
+
+    model = WithLoss()
+    with PerSampleGrads(model):
+        model(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))["loss"].backward()
+    assert model.linear.weight.grad_sample.shape == (4, 2, 3)
+
+
+def test_tokens_are_exchanged_for_others_of_the_batch():
+    model = nn.Sequential(nn.Embedding(9, 4), Does(lambda h: h - h.mean(0)), nn.Linear(4, 2))
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"1 \(Does\)"):
+        model(torch.tensor([[0, 1], [8, 3], [2, 2]]))
