@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psgrad.conv.factors import remove_some
+
 __all__ = ["accumulation_dtype", "drop_removed", "memory_order", "per_row", "squared_norms", "weighted"]
 
 
@@ -50,7 +52,7 @@ def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor
 
     Where there are none, t itself. On CUDA nobody looks, which would make the host wait.
     """
-    if not factors.is_cuda and factors.all():
+    if not remove_some(factors):
         return t
     removed = per_row(factors == 0, t, rows_per_sample).bool()
     return t.masked_fill(removed, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psgrad.conv.factors import are_ones, remove_some
 from psgrad.conv.numerics import accumulation_dtype, per_row
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
@@ -39,7 +40,7 @@ def _piece(x: Tensor, grad: Tensor, problem: WeightGradProblem, factors: Tensor,
     live = live_in_sum(problem)
     inner = problem if live is None else live.problem
     if how in ONCE:
-        if x.is_cuda or not factors.eq(1).all():  # on CUDA, looking would cost a wait
+        if not are_ones(factors):
             x, grad = _weighted(x, grad, factors, problem)
         total = ordinary_weight_grad(x if live is None else live.crop(x), grad, inner)
     else:
@@ -55,7 +56,7 @@ def _weighted(x: Tensor, grad: Tensor, factors: Tensor, problem: WeightGradProbl
     else:
         grad = torch.mul(grad, rows, out=scratch_like("weighted", grad))
     # 0 * inf is not 0: both operands of a removed sample are masked.
-    if x.is_cuda or not factors.all():
+    if remove_some(factors):
         removed = rows == 0
         x, grad = x.masked_fill(removed, 0), grad.masked_fill(removed, 0)
     return x, grad

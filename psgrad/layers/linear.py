@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad.conv.strategies.gram import CANCELLATION
+from psgrad.conv.strategies.gram import eaten, norms_of_grams
 from psgrad.layers.base import (
     LayerCall,
     LayerRule,
@@ -83,18 +83,14 @@ def _operands(call: LayerCall) -> tuple[Tensor, Tensor]:
 def _gram_sq_norms(x: Tensor, g: Tensor) -> Tensor:
     """`||sum_t g_t x_t^T||^2 = sum_{t,t'} <g_t, g_t'> <x_t, x_t'>`, N T I, N T O -> N.
 
-    One position is exact. Of more, a sum that cancels by more than `CANCELLATION` is computed again,
-    directly, as `psgrad.conv.strategies.gram` explains: a norm that comes out low leaves a sample unclipped.
+    One position is exact. Of more, what cancellation has eaten is computed again, directly, as
+    `psgrad.conv.strategies.gram.cancellation` explains.
     """
     dtype = accumulation_dtype(g.dtype)
     x, g = x.to(dtype), g.to(dtype)
     if x.shape[1] == 1:
         return x.square().sum((1, 2)) * g.square().sum((1, 2))
-    s, d = x @ x.mT, g @ g.mT
-    norms = (d * s).sum((1, 2))
-    magnitude = torch.linalg.vector_norm(s.diagonal(dim1=1, dim2=2) * d.diagonal(dim1=1, dim2=2), 0.5, 1)
-    eaten = norms < CANCELLATION * magnitude  # NaN compares false, and stays
-    if eaten.any():
-        for n in eaten.nonzero().flatten().tolist():
-            norms[n] = (g[n].T @ x[n]).square().sum()
+    norms, left = norms_of_grams(torch.bmm(g, g.mT), torch.bmm(x, x.mT))
+    for n in eaten(left):
+        norms[n] = (g[n].T @ x[n]).square().sum()
     return norms

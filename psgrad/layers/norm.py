@@ -118,7 +118,7 @@ def _fused_backward(
         x.reshape(folded),
         mean.view(1, -1),
         rstd.view(1, -1),
-        None if weight is None else weight.repeat(rows),
+        None if weight is None else weight.expand(rows, -1).reshape(-1),
         *folded,
         mean.numel(),
         (to_input, True, True),
@@ -149,8 +149,10 @@ def _backward_of_few_positions(
         h, by_y, by_h = g, to_weight, to_bias
     else:
         h, by_y, by_h = g * weight.unsqueeze(1), to_weight * weight, to_bias * weight
-    mean_hy, mean_h = (of_groups(t).sum(2, keepdim=True) / y.shape[2] for t in (by_y, by_h))
-    to_x = (of_groups(h) - mean_h).addcmul_(y, mean_hy, value=-1).mul_(rstd.unsqueeze(2))
+    sum_hy, sum_h = (of_groups(t).sum(2, keepdim=True) for t in (by_y, by_h))
+    part = 1 / y.shape[2]
+    to_x = torch.sub(of_groups(h), sum_h, alpha=part).addcmul_(y, sum_hy, value=-part)
+    to_x = to_x.mul_(rstd.unsqueeze(2))
     return to_x.view(x.shape), (to_weight, to_bias)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture import Contribution, PerParameter
+from psgrad.conv.factors import remove_some
 from psgrad.layers.base import accumulation_dtype
 
 __all__ = ["MemberContribution", "MemberKept"]
@@ -67,7 +68,7 @@ def _squared_norms(grads: Tensor) -> Tensor:
 def _weighted(factors: Tensor, grads: Tensor) -> Tensor:
     """`sum_n factors[k, n] * grads[k, n]`: KN, KN.. -> K..; a factor of exactly 0 removes its sample."""
     rows = _flat(grads)
-    if factors.is_cuda or not factors.all():
+    if remove_some(factors):
         rows = rows.masked_fill((factors == 0).unsqueeze(2), 0)
     return torch.bmm(factors.to(grads.dtype).unsqueeze(1), rows).reshape(len(grads), *grads.shape[2:])
 

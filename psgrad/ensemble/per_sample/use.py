@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture import Contribution, PerParameter
+from psgrad.conv.factors import remove_some
 from psgrad.ensemble.members import with_tensors
 from psgrad.ensemble.per_sample.contribution import MemberContribution, MemberKept
 from psgrad.ensemble.value import Layout, Value
@@ -98,7 +99,7 @@ class MemberUse(MemberContribution):
         g, x = self._apart(self._call.g), self._apart(self._call.x).to(self.g.tensor.dtype)
         # KN -> KN1..
         rows = rows.to(g.dtype).reshape(*rows.shape, *(1,) * (g.ndim - 2))
-        if factors.is_cuda or not factors.all():  # 0 * inf is not 0
+        if remove_some(factors):  # 0 * inf is not 0
             g, x = g.masked_fill(rows == 0, 0), x.masked_fill(rows == 0, 0)
         # KN..O, KN..I -> K(N..)O, K(N..)I
         g, x = (g * rows).flatten(1, -2), x.flatten(1, -2)

@@ -1,5 +1,6 @@
 """`gram`: norms from Gram matrices. `strategy` asks, `shifted` and `mapped` are two ways to S."""
 
-from psgrad.conv.strategies.gram.strategy import CANCELLATION, Gram
+from psgrad.conv.strategies.gram.cancellation import eaten, norms_of_grams
+from psgrad.conv.strategies.gram.strategy import Gram
 
-__all__ = ["CANCELLATION", "Gram"]
+__all__ = ["Gram", "eaten", "norms_of_grams"]

@@ -81,7 +81,10 @@ def _axis_by_axis(gram: Tensor, problem: WeightGradProblem) -> Tensor:
     for axis, of_axis in enumerate(_axes(p)):
         matrix = _matrix((of_axis,), gram.dtype, gram.device)
         s = s.reshape(-1, sizes[axis], prod(sizes[axis + 1 :]))
-        s = s.squeeze(2) @ matrix if axis == rank - 1 else matrix.t() @ s
+        if axis == rank - 1:
+            s = torch.mm(s.squeeze(2), matrix)
+        else:
+            s = torch.bmm(matrix.t().expand(len(s), -1, -1), s)
         sizes[axis] = matrix.shape[1]
     s = s.reshape(-1, *(size for out in p.output_size for size in (out, out)))
     return s.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))

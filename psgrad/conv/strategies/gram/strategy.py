@@ -32,19 +32,13 @@ from psgrad.conv.strategies.base import (
     samples_per_chunk,
     with_samples,
 )
+from psgrad.conv.strategies.gram.cancellation import eaten, norms_of_grams
 from psgrad.conv.strategies.gram.mapped import few_positions, map_cost, mapped
 from psgrad.conv.strategies.gram.positions import positions_gram
 from psgrad.conv.strategies.gram.shifted import largest_phase, shift_cost, shifted
 from psgrad.conv.strategies.loop import Loop
 
-__all__ = ["CANCELLATION", "Gram"]
-
-CANCELLATION = 1e-3
-"""A squared norm below this share of the sum's magnitude is computed again, directly.
-
-Rounding leaves an error of about `1e-7 / sqrt(terms)` of that magnitude, so that what stays is good to
-1e-4 and never lost: a norm that comes out low would leave a sample unclipped.
-"""
+__all__ = ["Gram"]
 
 
 class Gram(Strategy):
@@ -93,16 +87,14 @@ class Gram(Strategy):
             return _norms_of_one_position(x.to(dtype), grad.to(dtype), problem)
         chunk = samples_per_chunk(problem, self._bytes(problem))
         if chunk >= problem.samples > 0:
-            norms, eaten = _norms(x.to(dtype), grad.to(dtype), problem)
+            norms, left = _norms(x.to(dtype), grad.to(dtype), problem)
         else:
-            norms = x.new_empty(problem.samples, dtype=dtype)
-            eaten = x.new_empty(problem.samples, dtype=torch.bool)
+            norms, left = (x.new_empty(problem.samples, dtype=dtype) for _ in range(2))
             for part, rows, here in chunks(problem, chunk):
-                norms[here], eaten[here] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
-        if eaten.any():
-            for n in eaten.nonzero().flatten().tolist():
-                rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
-                norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
+                norms[here], left[here] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
+        for n in eaten(left):
+            rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
+            norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
         return norms
 
     @staticmethod
@@ -122,13 +114,7 @@ def _norms_of_one_position(x: Tensor, grad: Tensor, problem: WeightGradProblem) 
 
 
 def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor, Tensor]:
-    """Squared norms `[N]`, and where cancellation has eaten their digits."""
+    """Squared norms `[N]`, and what is left of them above the share that cancellation may eat."""
     d = positions_gram(grad, problem, problem.positions)
     s = mapped(x, problem) if few_positions(problem) else shifted(x, problem)
-    norms = torch.linalg.vecdot(d.flatten(1), s.flatten(1))
-    # |D[t,t']| <= sqrt(D[t,t] D[t',t']), and S likewise: all that was added up is at most this
-    diagonal = d.diagonal(dim1=1, dim2=2) * s.diagonal(dim1=1, dim2=2)
-    magnitude = diagonal.clamp(min=0).sqrt().sum(1).square()
-    if problem.groups > 1:
-        norms, magnitude = (t.reshape(-1, problem.groups).sum(1) for t in (norms, magnitude))
-    return norms, norms < CANCELLATION * magnitude  # NaN compares false: it stays, for the caller to see
+    return norms_of_grams(d, s, problem.groups)
