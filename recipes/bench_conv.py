@@ -60,7 +60,7 @@ class BenchConv(Settings):
 
     sets: Annotated[tuple[SetName, ...], Field(min_length=1)] = ("tiny",)
     """Networks whose layers are measured."""
-    suites: Annotated[tuple[Literal["grads", "sq_norms", "weighted_sum"], ...], Field(min_length=1)] = (
+    verbs: Annotated[tuple[Literal["grads", "sq_norms", "weighted_sum"], ...], Field(min_length=1)] = (
         "grads",
         "sq_norms",
         "weighted_sum",
@@ -80,8 +80,8 @@ class BenchConv(Settings):
     """Time for everything; what a layer may take follows from it. One that has not begun then is left out."""
     rounds: Count = 15
     """Timed rounds at most; fewer when the numbers have settled or the time is used up."""
-    rules: bool = False
-    """The batch rules of convolution under torch.vmap instead."""
+    suite: Literal["layers", "rules"] = "layers"
+    """Layers of networks, or the batch rules of convolution under torch.vmap."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     quick: bool = False
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("dtypes: tf32 is arithmetic of NVIDIA's tensor cores; on the CPU take float32")
     # of vmap, seen in its numbers; and of modules called without their hooks
     warnings.filterwarnings("ignore", message="There is a performance drop")
-    if settings.rules:
+    if settings.suite == "rules":
         return bench_rules(settings)
 
     rates = {dtype: rates_in(dtype, settings.device) for dtype in settings.dtypes}
@@ -123,10 +123,10 @@ def main(argv: list[str] | None = None) -> int:
                     left_out[str(setting)] = "the time was used up"
                     continue
                 # half for the check before the timing, and for the first calls
-                seconds = 0.5 * left / (len(todo) - i) / len(settings.suites)
+                seconds = 0.5 * left / (len(todo) - i) / len(settings.verbs)
                 cells += measure(
                     setting,
-                    settings.suites,
+                    settings.verbs,
                     seconds=seconds,
                     memory_limit=settings.memory_limit_mib * 2**20,
                     rounds=settings.rounds,
@@ -197,7 +197,7 @@ def in_order(cells: list[Cell], settings: BenchConv) -> list[Cell]:
     return sorted(
         cells,
         key=lambda cell: (
-            settings.suites.index(cell.verb),
+            settings.verbs.index(cell.verb),
             dtypes.index(cell.setting.dtype),
             layers.index(cell.setting.case),
             cell.setting.batch_size,
@@ -268,7 +268,7 @@ def default_folder(settings: BenchConv, processor: str) -> Path:
 
 
 def bench_rules(settings: BenchConv) -> int:
-    """Measure the batch rules instead; the exit status.
+    """Measure the batch rules; the exit status.
 
     Raises
     ------

@@ -63,7 +63,7 @@ def test_ctrl_c_keeps_what_was_measured(
         return cells
 
     monkeypatch.setattr(bench_conv, "measure", interrupted)
-    arguments = [*TINY, "--suites", "grads", "--out", str(tmp_path)]
+    arguments = [*TINY, "--verbs", "grads", "--out", str(tmp_path)]
     assert bench_conv.main(arguments) == 0
     assert "interrupted" in capsys.readouterr().out
     record = json.loads((tmp_path / "bench.json").read_text())
@@ -113,3 +113,9 @@ def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_conv.report, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install"):
         bench_conv.main(["--sets", "tiny"])
+
+
+def test_the_suite_of_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_conv, "RULE_CASES", bench_conv.RULE_CASES[:1])
+    assert bench_conv.main(["--suite", "rules", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "Batch rules of convolution" in (tmp_path / "bench.md").read_text()
