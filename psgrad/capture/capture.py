@@ -198,9 +198,9 @@ class Capture:
         out = self._run_batch(forward, args, kwargs, rows)
         if failed is not None:
             raise CaptureError(
-                f"the model runs on {rows} rows, but not on fewer or more: {failed}. Its first batch runs "
-                "with another number of samples, to tell the axis of the batch from others as long; let "
-                "the model take a batch of any size."
+                f"the model runs on {rows} rows, but not on fewer or more ({type(failed).__name__}: "
+                f"{failed}). Its first batch runs with another number of samples, to tell the axis of the "
+                "batch from others as long; let the model take a batch of any size."
             ) from failed
         return out
 
