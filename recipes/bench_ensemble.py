@@ -31,7 +31,7 @@ QUICK = {
     "models": ("mlp", "lenet"),
     "members": (4, 16),
     "batch_sizes": (4, 16),
-    "rounds": 3,
+    "seconds_each": 0.2,
     "minutes": 1.5,
     "cell_seconds": 15.0,
 }
@@ -46,8 +46,10 @@ class BenchEnsemble(Settings):
     """K."""
     batch_sizes: Counts = (4, 16, 32, 64, 256)
     """N."""
-    rounds: Count = 5
-    """Timed rounds of a cell."""
+    rounds: Count = 200
+    """Timed rounds of a cell at most."""
+    seconds_each: Positive = 0.5
+    """Time for a contender's rounds of a cell. Five are done whatever they take."""
     largest_cell: Count = 2048
     """Cells whose K times N is larger are left out, and named in the report."""
     minutes: Positive = 6.0
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     cells.sort(
         key=lambda cell: cell.members * cell.batch_size
     )  # what time does not suffice for are the largest
-    about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}"}
+    about = {**machine.describe(settings.device), "rounds": f"5 to {settings.rounds}"}
     results: list[EnsembleResult] = []
     left_out: dict[str, str] = {}
     end = time.monotonic() + 60 * settings.minutes
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                     cell,
                     rounds=settings.rounds,
                     seconds=seconds,
+                    seconds_each=settings.seconds_each,
                     memory=settings.memory,
                     device=settings.device,
                     stop=lambda: interrupt.asked,

@@ -25,6 +25,7 @@ LOOP = "loop"
 TOLERANCE = 1e-8
 """Largest difference after two steps in float64, of a member's parameters relative to their change."""
 GATE_STEPS = 2
+LEAST_ROUNDS = 5
 
 CONTENDERS: dict[str, Make] = {
     "psgrad": ours,
@@ -76,6 +77,7 @@ def measure_cell(
     *,
     rounds: int,
     seconds: float = inf,
+    seconds_each: float = inf,
     memory: bool = False,
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
@@ -91,6 +93,8 @@ def measure_cell(
         What to measure.
     rounds
         At most, timed.
+    seconds_each
+        Of timing for a contender; it has five rounds whatever they take.
     seconds
         For the whole cell. A step that has begun is not cut off: what may be exceeded is one step, and one
         round. A cell whose gate alone would take longer, from the loop's first step, is not begun.
@@ -143,6 +147,8 @@ def measure_cell(
             runs,
             partial(floor.step, x, y),
             rounds=rounds,
+            seconds_each=seconds_each,
+            least_rounds=LEAST_ROUNDS,
             stopwatch=on_cuda if x.is_cuda else on_cpu,
             stop=lambda: over() is not None,
         )

@@ -48,10 +48,10 @@ def eager_losses(
     slots = Slots(stacked)
     trained = [t for t in slots.tensors if t.requires_grad]
     parts = {t: t.detach().unbind() for t in slots.tensors}
-    gradients = _Gradients(len(trained), len(randomness.generators), kept)
+    gradients = _Gradients(len(trained), len(randomness), kept)
     foreign: dict[Tensor, list[tuple[int, Tensor]]] = {}
     losses = []
-    for k in range(len(randomness.generators)):
+    for k in range(len(randomness)):
         own = {t: part[k] for t, part in parts.items()}
         for t in trained:
             own[t].requires_grad_()

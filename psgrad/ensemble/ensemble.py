@@ -124,7 +124,7 @@ class Ensemble(nn.Module):
     @property
     def members(self) -> int:
         """K, the number of members."""
-        return len(self.randomness.generators)
+        return len(self.randomness)
 
     def member(self, k: int) -> nn.Module:
         """Return member k as a plain module of its own class, bitwise the same weights and buffers.
@@ -196,22 +196,24 @@ class Ensemble(nn.Module):
 
         """
         inputs = x if isinstance(x, tuple) else (x,)
-        self.check_own((y,), own)
-        self.check_own(inputs, own)
+        self.check_own((y, *inputs), own)
         captured = is_shadowed(self)  # then gradients are not to be taken before the backward pass
-        why = None if captured else self.execution.refusal(inputs, own, self.members)
+        members, randomness = self.members, self.randomness
+        why = None if captured else self.execution.refusal(inputs, own, members)
         if why is not None and torch.is_grad_enabled():
+            stacked = self.stacked
 
             def compute(k: int) -> Tensor:
-                arguments = (_part(value, k) if own else value for value in inputs)
-                return fn(self.stacked(*arguments), _part(y, k) if own else y)
+                if not own:
+                    return fn(stacked(*inputs), y)
+                return fn(stacked(*[_part(value, k) for value in inputs]), _part(y, k))
 
-            self.execution.note_loop(self.members, why)
-            single = self.single.loss(lambda: compute(0), self.randomness) if self.members == 1 else None
+            self.execution.note_loop(members, why)
+            single = self.single.loss(compute, randomness) if members == 1 else None
             if single is not None:
                 return single
             if not _scales_losses():
-                return eager_losses(self.stacked, compute, self.randomness, self.kept)
+                return eager_losses(stacked, compute, randomness, self.kept)
         outputs = self(*inputs, own=own)
         judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)
@@ -283,7 +285,7 @@ class Ensemble(nn.Module):
             tensor.data = data.new_empty(0, dtype=other)
             tensor.data = data
             tensor.grad = None if grad is None else grad[kept]
-        self.randomness = MemberRandomness([self.randomness.states[k] for k in kept])
+        self.randomness = MemberRandomness(list(self.randomness.states[kept]))
 
     def get_extra_state(self) -> Tensor:
         """`[K, bytes]`: the members' random states, part of `state_dict`."""
@@ -315,10 +317,13 @@ class Ensemble(nn.Module):
         """
         if not isinstance(own, bool):
             raise ConfigError(f"own must be True or False, got {own!r}")
+        if not own:
+            return
+        members = self.members
         for value in inputs:
-            if own and isinstance(value, Tensor) and (not value.ndim or value.shape[0] != self.members):
+            if isinstance(value, Tensor) and value.shape[:1] != (members,):
                 raise ShapeError(
-                    f"own data of {self.members} members is [K, N, ...] with K = {self.members}, got"
+                    f"own data of {members} members is [K, N, ...] with K = {members}, got"
                     f" {tuple(value.shape)}. Data that all members share goes without own."
                 )
 

@@ -175,10 +175,10 @@ def draw_dropout(value: Value, p: float, randomness: MemberRandomness, *, channe
     if p == 1:
         return "everything is dropped"
     shape = value.shape if not channels else torch.Size((*value.shape[:2], *(1,) * (value.rank - 2)))
-    masks = [
-        torch.empty(shape, dtype=value.tensor.dtype).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        for generator in randomness.generators
-    ]
+    masks = []
+    for k in range(len(randomness)):
+        with randomness.of(k):
+            masks.append(torch.empty(shape, dtype=value.tensor.dtype).bernoulli_(1 - p).div_(1 - p))
     why = "a mask a member, by its own stream"
     if value.layout is Layout.FOLDED:
         return Computed(Value.of_split(value.as_split() * torch.stack(masks, 1)), "folded", why)

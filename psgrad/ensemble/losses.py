@@ -30,7 +30,7 @@ def member_losses(
         If `fn` does not return a scalar.
 
     """
-    members = len(randomness.generators)
+    members = len(randomness)
     if _is_cross_entropy(fn) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         y = targets if own else targets.expand(members, *targets.shape)
         fits = outputs.ndim >= 3 and outputs.shape[:2] + outputs.shape[3:] == y.shape

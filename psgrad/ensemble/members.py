@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psgrad.errors import MemberError
 
-__all__ = ["Slots", "check_members", "member_of", "stack_members", "tensors_of", "with_tensors"]
+__all__ = ["Held", "Slots", "check_members", "member_of", "stack_members", "tensors_of", "with_tensors"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -49,39 +49,65 @@ class Slots:
         """Each once."""
         self.tensors: list[Tensor] = list({id(tensor): tensor for *_, tensor in self._slots}.values())
         """Stacked parameters and buffers, each once."""
-        tables = [t for m in modules for t in (m._modules, m._parameters, m._buffers)]
-        self._tables: list[tuple[dict[str, Any], list[int]]] = [
-            (t, list(map(id, t.values()))) for t in tables
+        self._tables: list[dict[str, Any]] = [
+            table for m in modules for table in (m._modules, m._parameters, m._buffers)
         ]
+        self._sizes = list(map(len, self._tables))
+        self._filled = [table for table in self._tables if table]
+        self._ids = self._found()
+
+    def _found(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._filled))))
 
     def hold(self) -> bool:
         """Whether the module still has these modules, parameters and buffers, and no others."""
-        for table, ids in self._tables:
-            if (table or ids) and list(map(id, table.values())) != ids:
-                return False
-        return True
+        return list(map(len, self._tables)) == self._sizes and self._found() == self._ids
 
-    @contextmanager
-    def holding(self, parts: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Inside, every slot holds `parts[tensor]` in place of its tensor.
+    def holding(self, parts: Mapping[Tensor, Tensor]) -> Held:
+        """Return a block, to be entered as often as one likes, in which every slot holds its tensor's part.
 
-        A buffer that is assigned anew inside (`self.mean = ...`) is copied into its part.
-
-        Raises
-        ------
-        MemberError
-            If what was assigned is no tensor of the same shape and dtype, or takes a parameter's place.
+        Parameters
+        ----------
+        parts
+            Of every stacked tensor.
 
         """
+        return Held([(table, name, tensor, parts[tensor]) for table, name, tensor in self._slots])
+
+
+class Held:
+    """A block in which modules hold other tensors in their slots.
+
+    A buffer that is assigned anew inside (`self.mean = ...`) is copied into its part.
+
+    Parameters
+    ----------
+    places
+        Table, name, the tensor that stands there, the one that stands there inside.
+
+    Raises
+    ------
+    MemberError
+        At the end, if what was assigned inside is no tensor of the same shape and dtype, or takes a
+        parameter's place.
+
+    """
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+        self._places = places
+
+    def __enter__(self) -> None:
+        for table, name, _, part in self._places:
+            table[name] = part
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            for table, name, tensor in self._slots:
-                table[name] = parts[tensor]
-            yield
-            for table, name, tensor in self._slots:
-                if table.get(name) is not parts[tensor]:
-                    _take(table.get(name), parts[tensor], name, isinstance(tensor, nn.Parameter))
+            if kind is None:
+                for table, name, tensor, part in self._places:
+                    if table.get(name) is not part:
+                        _take(table.get(name), part, name, isinstance(tensor, nn.Parameter))
         finally:
-            for table, name, tensor in self._slots:
+            for table, name, tensor, _ in self._places:
                 table[name] = tensor
 
 

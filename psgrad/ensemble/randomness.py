@@ -59,13 +59,14 @@ class MemberRandomness:
     """
 
     def __init__(self, states: Sequence[Tensor]) -> None:
-        self.generators = [torch.Generator() for _ in states]
         self.set_states(states)
+
+    def __len__(self) -> int:
+        return len(self._states)
 
     def set_states(self, states: Sequence[Tensor]) -> None:
         """Put every member's stream to a state."""
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state.clone())  # PyTorch 2.15 reads a view's state from its base
+        self._states = [state.clone() for state in states]  # PyTorch 2.15 reads a view's state from its base
 
     @classmethod
     def of_seeds(cls, seeds: Sequence[int]) -> MemberRandomness:
@@ -75,28 +76,29 @@ class MemberRandomness:
     @property
     def states(self) -> Tensor:
         """`[K, bytes]` uint8: where every member's stream is."""
-        return torch.stack([generator.get_state() for generator in self.generators])
+        return torch.stack(self._states)
 
     def of(self, k: int) -> _Stream:
         """Inside, the global CPU stream is that of member k, which goes on from there afterwards."""
-        return _Stream(self.generators[k])
+        return _Stream(self._states, k)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MemberRandomness, (list(self.states),)
 
 
 class _Stream:
-    """A block in which the global CPU stream is that of a generator."""
+    """A block in which the global CPU stream is one of several, whose state is in a list."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+    def __init__(self, states: list[Tensor], k: int) -> None:
+        self._states = states
+        self._k = k
 
     def __enter__(self) -> None:
         everyone = torch.default_generator
         self._outside = everyone.get_state()
-        everyone.set_state(self._generator.get_state())
+        everyone.set_state(self._states[self._k])
 
     def __exit__(self, *_: object) -> None:
         everyone = torch.default_generator
-        self._generator.set_state(everyone.get_state())
+        self._states[self._k] = everyone.get_state()
         everyone.set_state(self._outside)

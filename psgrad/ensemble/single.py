@@ -8,6 +8,7 @@ accumulation, second derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from psgrad.ensemble.randomness import MemberRandomness, snapshot
 from psgrad.errors import ShapeError
 
 __all__ = ["SingleMember"]
+
+Compute = Callable[[int], Tensor]
+"""From a member's number to its loss."""
 
 
 class SingleMember:
@@ -38,13 +42,13 @@ class SingleMember:
         self._runs_again: dict[Hashable, bool] = {}
         self._aliases: _Aliases | None = None
 
-    def loss(self, compute: Callable[[], Tensor], randomness: MemberRandomness) -> Tensor | None:
+    def loss(self, compute: Compute, randomness: MemberRandomness) -> Tensor | None:
         """`[1]`, the loss that `compute` gives with the member's parameters in their places.
 
         Parameters
         ----------
         compute
-            Calls the module and the loss function.
+            Calls the module and the loss function, of member 0.
         randomness
             The member's random stream.
 
@@ -70,16 +74,18 @@ class SingleMember:
             return self._first(mode, aliases, compute, randomness)
         return None if found else self._run(aliases, compute, randomness)
 
-    def _run(self, aliases: _Aliases, compute: Callable[[], Tensor], randomness: MemberRandomness) -> Tensor:
-        with aliases.slots.holding(aliases.parts), randomness.of(0):
-            loss = compute()
+    def _run(self, aliases: _Aliases, compute: Compute, randomness: MemberRandomness) -> Tensor:
+        self._aliases = None  # until they are seen to be what they were
+        with aliases.held, randomness.of(0):
+            loss = compute(0)
         if loss.ndim:
             raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
-        aliases.refuse_changed()
+        if aliases.unrecorded():
+            self._aliases = aliases
         return loss.unsqueeze(0)
 
     def _first(
-        self, mode: Hashable, aliases: _Aliases, compute: Callable[[], Tensor], randomness: MemberRandomness
+        self, mode: Hashable, aliases: _Aliases, compute: Compute, randomness: MemberRandomness
     ) -> Tensor | None:
         restore = snapshot(self._stacked, randomness)
         loss = self._run(aliases, compute, randomness)
@@ -98,6 +104,9 @@ class SingleMember:
         return SingleMember, (self._stacked,)
 
 
+_place, _kind = Tensor.data_ptr, attrgetter("shape", "requires_grad")
+
+
 class _Aliases:
     """The stacked tensors without their axis of length 1: same storage, same version counter.
 
@@ -108,8 +117,8 @@ class _Aliases:
     ----------
     slots
         Where they belong.
-    parts
-        Alias of every stacked tensor.
+    held
+        The block in which the module holds them.
     trained
         The aliases that a gradient comes to.
 
@@ -120,34 +129,38 @@ class _Aliases:
         of = [t for t in self.slots.tensors if t.requires_grad]
         self.trained: tuple[Tensor, ...] = _Unstacked.apply(*of) if of else ()
         self._node = next((alias.grad_fn for alias in self.trained), None)
-        self.parts = {t: _alias(t) for t in self.slots.tensors} | dict(zip(of, self.trained, strict=True))
-        self._facts = [_facts(t) for t in self.slots.tensors]
+        parts = {t: _alias(t) for t in self.slots.tensors} | dict(zip(of, self.trained, strict=True))
+        self.held = self.slots.holding(parts)
+        self._others = [part for t, part in parts.items() if not t.requires_grad]
+        # of a tensor whose alias lives, no other storage is at its address
+        self._places = list(map(_place, self.slots.tensors))
+        self._kinds = list(map(_kind, self.slots.tensors))
 
     def hold(self) -> bool:
-        """Whether they are still those of the module's tensors."""
+        """Whether the module has the tensors still that they were made of."""
+        tensors = self.slots.tensors
         return (
             self.slots.hold()
-            and [_facts(t) for t in self.slots.tensors] == self._facts
-            and all(
-                part.grad_fn is (self._node if t.requires_grad else None) for t, part in self.parts.items()
-            )
+            and list(map(_place, tensors)) == self._places
+            and list(map(_kind, tensors)) == self._kinds
         )
 
-    def refuse_changed(self) -> None:
-        """Refuse that a trainable one was changed in place where autograd records it.
+    def unrecorded(self) -> bool:
+        """Whether nothing that autograd records has changed one in place.
 
         Raises
         ------
         RuntimeError
-            If one was.
+            If a trainable one was changed so.
 
         """
-        for part in self.trained:
-            if part.grad_fn is not self._node:
-                raise RuntimeError(
-                    "forward changes a trainable parameter in place, which autograd refuses of a leaf: do it"
-                    " under torch.no_grad"
-                )
+        node = self._node
+        if [alias for alias in self.trained if alias.grad_fn is not node]:
+            raise RuntimeError(
+                "forward changes a trainable parameter in place, which autograd refuses of a leaf: do it"
+                " under torch.no_grad"
+            )
+        return not [alias for alias in self._others if alias.grad_fn is not None]
 
 
 class _Unstacked(torch.autograd.Function):
@@ -168,8 +181,3 @@ def _alias(stacked: Tensor) -> Tensor:
     alias = stacked.detach()
     alias.data = alias.data.squeeze(0)
     return alias
-
-
-def _facts(t: Tensor) -> tuple[Any, ...]:
-    """What an alias takes over once; of a tensor whose alias lives, no other storage is at its address."""
-    return t.data_ptr(), t.shape

@@ -120,6 +120,9 @@ def test_a_cell_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.monotonic() - began < 4
     assert len(found[0].measurement.ratios) < 10
 
+    found = measure_cell(TINY, rounds=1000, seconds_each=0.5)  # each has at least five rounds
+    assert all(len(result.measurement.ratios) < 100 for result in found)
+
 
 def test_a_stopped_cell_has_nothing() -> None:
     assert measure_cell(TINY, rounds=1, stop=lambda: True) == "stopped"

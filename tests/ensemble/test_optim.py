@@ -167,7 +167,7 @@ def test_frozen_and_unused_parameters_stay_and_join_later(ours: type, options: d
         torch.testing.assert_close(p[2], expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("where", ["gradient", "parameter", "state"])
+@pytest.mark.parametrize("where", ["gradient", "parameter", "parameter, later", "state"])
 @pytest.mark.parametrize(("ours", "options"), [CASES[2], CASES[5], CASES[7]])
 def test_tensors_in_any_layout(ours: type, options: dict[str, Any], where: str) -> None:
     """Fused kernels read memory from its start on, whatever the strides are."""
@@ -183,6 +183,8 @@ def test_tensors_in_any_layout(ours: type, options: dict[str, Any], where: str) 
             p.grad = q.grad.clone()
             if where == "gradient":
                 p.grad = p.grad.movedim(0, -1).contiguous().movedim(-1, 0)
+            if where == "parameter, later" and step == 2:
+                p.data = p.data.movedim(0, -1).contiguous().movedim(-1, 0)
         for optimizer in optimizers:
             optimizer.step()
         for name, value in optimizers[0].state[stacked[0]].items():

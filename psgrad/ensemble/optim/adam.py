@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psgrad.ensemble.optim.base import Columns, EnsembleOptimizer
-from psgrad.ensemble.optim.fused import changed_by_fused, fits_fused
+from psgrad.ensemble.optim.fused import changed_by_fused
 from psgrad.ensemble.optim.per_member import PerMember, as_hyperparameter, numbers_of
 from psgrad.ensemble.optim.rules import add_scaled, decayed
 from psgrad.ensemble.optim.sgd import Values
@@ -39,6 +39,7 @@ class Adam(EnsembleOptimizer):
 
     """
 
+    fused_on = ("cpu",)  # where the steps are
     _decoupled = False
 
     def __init__(
@@ -115,7 +116,7 @@ class Adam(EnsembleOptimizer):
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
         largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
-        if not fits_fused(("cpu",), parameters, grads, first, second, largest):  # where the steps are
+        if not self._fits_fused(group, parameters, grads, first, second, largest):
             return False
         update = torch._fused_adamw_ if self._decoupled else torch._fused_adam_
         update(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from psgrad.ensemble.optim.fused import FusedFit
 from psgrad.ensemble.optim.per_member import (
     Hyperparameter,
     PerMember,
@@ -75,8 +76,16 @@ class EnsembleOptimizer(Optimizer):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"lr": (0.0, inf), "weight_decay": (0.0, inf)}
     """What may differ by member: least value, and first that is too large."""
 
+    fused_on: ClassVar[tuple[str, ...]] = ()
+    """Types of device on which one of torch's fused kernels does the update."""
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self._fused_fits: dict[int, FusedFit] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fused_fits = {}
 
     @property
     def members(self) -> int:
@@ -174,17 +183,17 @@ class EnsembleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters, grads = [], []
+            members, parameters, grads = group["members"], [], []
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
                     continue
-                if p.shape[0] != group["members"]:
+                if p.shape[0] != members:
                     raise MemberError(
-                        f"the ensemble has {p.shape[0]} members, its optimizer {group['members']}: call"
-                        " keep with the same indices on both"
+                        f"the ensemble has {p.shape[0]} members, its optimizer {members}: call keep with the"
+                        " same indices on both"
                     )
-                if grad.layout != torch.strided:
+                if grad.layout is not torch.strided:
                     raise ConfigError(f"a gradient is {grad.layout}: sparse ones are not supported")
                 parameters.append(p)
                 grads.append(grad)
@@ -194,6 +203,19 @@ class EnsembleOptimizer(Optimizer):
         return loss
 
     _hooked_step = Optimizer.profile_hook_step(_step)
+
+    def _fits_fused(
+        self,
+        group: dict[str, Any],
+        parameters: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *states: Sequence[Tensor],
+    ) -> bool:
+        """Whether torch's fused kernel takes these tensors of a group."""
+        fit = self._fused_fits.get(id(group))
+        if fit is None:
+            fit = self._fused_fits[id(group)] = FusedFit(*self.fused_on)
+        return fit(parameters, grads, *states)
 
     @abstractmethod
     def _update(

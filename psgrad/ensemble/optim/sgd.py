@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psgrad.ensemble.optim.base import Columns, EnsembleOptimizer
-from psgrad.ensemble.optim.fused import changed_by_fused, fits_fused
+from psgrad.ensemble.optim.fused import changed_by_fused
 from psgrad.ensemble.optim.per_member import Hyperparameter, PerMember, numbers_of
 from psgrad.ensemble.optim.rules import add_scaled, decayed
 from psgrad.errors import ConfigError
@@ -39,6 +39,7 @@ class SGD(EnsembleOptimizer):
 
     """
 
+    fused_on = ("cpu", "cuda")
     ranges: ClassVar[dict[str, tuple[float, float]]] = {**EnsembleOptimizer.ranges, "momentum": (0.0, inf)}
 
     def __init__(
@@ -95,10 +96,10 @@ class SGD(EnsembleOptimizer):
     ) -> bool:
         """Update by torch's fused kernel; False if that cannot be, or a buffer is to be made."""
         momentum = values["momentum"]
-        if any(isinstance(value, PerMember) for value in values.values()):
+        if [value for value in values.values() if isinstance(value, PerMember)]:
             return False
         buffers = [self.state[p].get("momentum_buffer") for p in parameters] if momentum else []
-        if any(b is None for b in buffers) or not fits_fused(("cpu", "cuda"), parameters, grads, buffers):
+        if [b for b in buffers if b is None] or not self._fits_fused(group, parameters, grads, buffers):
             return False
         torch._fused_sgd_(
             parameters,
