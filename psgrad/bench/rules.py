@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,11 @@ from psgrad.bench.sweep import Result
 from psgrad.bench.timing import Run, interleave, on_cpu, on_cuda
 from psgrad.conv import ConvGeometry, use_rules
 
-__all__ = ["RULE_CASES", "RuleCase", "measure_rule_case"]
+__all__ = ["LEAST_SPEED", "RULE_CASES", "RuleCase", "measure_rule_case", "slower_than_asked"]
+
+OURS = "psgrad"
+LEAST_SPEED = 0.95
+"""Of PyTorch's own rules, which no case is to be slower than."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,15 @@ class _UnderRules:
         return self.run()
 
 
+def slower_than_asked(results: Iterable[Result]) -> list[Result]:
+    """Those of psgrad's own choice that are below `LEAST_SPEED`."""
+    return [
+        result
+        for result in results
+        if result.contender == OURS and result.measurement and result.measurement.ratio > 1 / LEAST_SPEED
+    ]
+
+
 def measure_rule_case(
     case: RuleCase, *, rounds: int, device: str = "cpu", stop: Callable[[], bool] = lambda: False
 ) -> list[Result]:
@@ -155,7 +168,7 @@ def measure_rule_case(
     function, operands = case.call()
     operands = tuple(t.to(device) for t in operands)
     own: Run = partial(function, *operands)
-    names = {"psgrad": "auto"}
+    names = {OURS: "auto"}
     if case.samples == 1:
         names |= {strategy: strategy for strategy in ("loop", "grouped", "unfold")}
     expected = _tensors(own())

@@ -16,21 +16,35 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
-from torch._C._functorch import _add_batch_dim, _unwrap_batched, current_level
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _ExcludeDispatchKeyGuard,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import (
+    _add_batch_dim,
+    _unwrap_batched,
+    current_level,
+    is_functorch_wrapped_tensor,
+)
+from torch.autograd import forward_ad
 
 from psgrad.conv.choice import check_strategy
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.rules.call import Batched, Call
+from psgrad.conv.rules.backward import backward
+from psgrad.conv.rules.call import Call
 from psgrad.conv.rules.forward import convolution
-from psgrad.conv.rules.per_sample import per_sample_backward
+from psgrad.conv.rules.per_sample import per_sample_backward, per_sample_refusal
 from psgrad.errors import StrategyError
 
 __all__ = ["install_rules", "uninstall_rules", "use_rules"]
 
 _KEY = "FuncTorchBatched"
-_KEY_SET = DispatchKeySet(DispatchKey.FuncTorchBatched)
+_RULES = DispatchKeySet(DispatchKey.FuncTorchBatched)
+_RULES_AND_LEVELS = _RULES.add(DispatchKey.FuncTorchDynamicLayerBackMode)
 _KEPT_KERNELS = 3 * 256
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Use:
@@ -197,19 +211,38 @@ def _register() -> torch.library.Library:
 
 
 @lru_cache(maxsize=1024)
-def _call(
+def _geometry(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     transposed: bool,
     output_padding: tuple[int, ...],
     groups: int,
-) -> tuple[Call, ConvGeometry]:
-    """Arguments of the operator in both of our forms."""
-    geometry = ConvGeometry(
+) -> ConvGeometry:
+    """Return our form of the operator's arguments."""
+    return ConvGeometry(
         None, stride, padding, dilation, transposed, output_padding if transposed else 0, groups
     )
-    return Call(stride, padding, dilation, transposed, output_padding, groups), geometry
+
+
+def _inside(*operands: Tensor) -> _ExcludeDispatchKeyGuard:
+    """Return the block in which a rule runs, on operands without their `B`.
+
+    In it an operator does not come back to the rules but goes on to the level outside of this vmap. Where
+    plain PyTorch would only compute it goes to its backend directly: on the way through the levels, most of a
+    rule's operators take longer than for what they do.
+    """
+    return _ExcludeDispatchKeyGuard(_RULES_AND_LEVELS if _computes_only(operands) else _RULES)
+
+
+def _computes_only(operands: tuple[Tensor, ...]) -> bool:
+    """Whether nobody outside of this vmap sees what is done with these: no mode, level, subclass or graph."""
+    if _len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return False
+    for t in operands:
+        if type(t) not in _PLAIN or t.requires_grad or is_functorch_wrapped_tensor(t):
+            return False
+    return True
 
 
 def _wrap(result: Tensor | None, bdim: int | None, level: int) -> Tensor | None:
@@ -227,14 +260,12 @@ def _convolution_kernel(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor | None:
-    with _ExcludeDispatchKeyGuard(_KEY_SET):
-        level = current_level()
-        call, _ = _call(
-            tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
-        )
-        bias, bias_bdim = (None, None) if bias is None else _unwrapped(bias, level)
-        out, bdim = convolution(*_unwrapped(x, level), *_unwrapped(weight, level), bias, bias_bdim, call)
-        return _wrap(out, bdim, level)
+    level, call = current_level(), Call(stride, padding, dilation, transposed, output_padding, groups)
+    x, x_bdim = _unwrap_batched(x, level)
+    weight, weight_bdim = _unwrap_batched(weight, level)
+    bias, bias_bdim = (None, None) if bias is None else _unwrap_batched(bias, level)
+    with _inside(x, weight) if bias is None else _inside(x, weight, bias):
+        return _wrap(*convolution(x, x_bdim, weight, weight_bdim, bias, bias_bdim, call), level)
 
 
 def _convolution_with_flags_kernel(
@@ -265,25 +296,23 @@ def _convolution_backward_kernel(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    with _ExcludeDispatchKeyGuard(_KEY_SET):
-        level = current_level()
-        call, geometry = _call(
-            tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
-        )
-        grad_x, grad_weight, grad_bias = per_sample_backward(
-            *_unwrapped(grad_output, level),
-            *_unwrapped(x, level),
-            *_unwrapped(weight, level),
-            call,
-            output_mask,
-            geometry,
-            _REGISTRY.strategy(),
-        )
+    level, call = current_level(), Call(stride, padding, dilation, transposed, output_padding, groups)
+    grad_output, gbdim = _unwrap_batched(grad_output, level)
+    x, xbdim = _unwrap_batched(x, level)
+    weight, wbdim = _unwrap_batched(weight, level)
+    with _inside(grad_output, x, weight):
+        if not output_mask[1] or per_sample_refusal(grad_output, gbdim, x, xbdim, wbdim) is not None:
+            grads = backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
+        else:
+            geometry = _geometry(
+                tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+            )
+            strategy = _REGISTRY.strategy()
+            grads = per_sample_backward(
+                grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask, geometry, strategy
+            )
+        grad_x, grad_weight, grad_bias = grads
         return _wrap(*grad_x, level), _wrap(*grad_weight, level), _wrap(*grad_bias, level)
-
-
-def _unwrapped(t: Tensor, level: int) -> Batched:
-    return _unwrap_batched(t, level)
 
 
 _KERNELS = {

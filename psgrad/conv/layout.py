@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from psgrad.errors import ShapeError
 
@@ -14,9 +15,11 @@ __all__ = ["make_dummy", "move_batch_dim_to_front", "reshape_dim_into", "reshape
 
 
 def _axis(position: int, ndim: int, what: str) -> int:
-    if not -ndim <= position < ndim:
-        raise ShapeError(f"{what} {position} is out of range for a tensor of {ndim} axes")
-    return position % ndim
+    if 0 <= position < ndim:
+        return position
+    if -ndim <= position < 0:
+        return position + ndim
+    raise ShapeError(f"{what} {position} is out of range for a tensor of {ndim} axes")
 
 
 def move_batch_dim_to_front(t: Tensor, bdim: int | None) -> Tensor:
@@ -46,10 +49,11 @@ def reshape_dim_into(bdim: int, dim: int, t: Tensor) -> Tensor:
         If `bdim` or `dim` is out of range.
 
     """
-    bdim = _axis(bdim, t.ndim, "bdim")
-    dim = _axis(dim, t.ndim - 1, "dim")
+    ndim = t.ndim
+    if not (0 <= bdim < ndim and 0 <= dim < ndim - 1):
+        bdim, dim = _axis(bdim, ndim, "bdim"), _axis(dim, ndim - 1, "dim")
     if bdim != dim:
-        t = t.transpose(bdim, dim) if abs(bdim - dim) == 1 else t.movedim(bdim, dim)
+        t = t.movedim(bdim, dim)
     return t.flatten(dim, dim + 1)
 
 
@@ -63,13 +67,14 @@ def reshape_dim_outof(dim: int, size: int, t: Tensor) -> Tensor:
         `rest` is not determined: it is taken to be 0.
 
     """
-    shape = t.shape
-    dim = _axis(dim, len(shape), "dim")
-    length = shape[dim]
-    if length % size if size else length:
+    shape = list(t.shape)
+    if not 0 <= dim < len(shape):
+        dim = _axis(dim, len(shape), "dim")
+    rest = shape[dim] // size if size else 0
+    if rest * size != shape[dim]:
         raise ShapeError(f"axis {dim} of {tuple(shape)} does not split into {size} equal parts")
-    rest = length // size if size else 0
-    return t.reshape((*shape[:dim], size, rest, *shape[dim + 1 :]))
+    shape[dim : dim + 1] = size, rest
+    return t.view(shape)
 
 
 def make_dummy(t: Tensor, bdim: int | None, dim: int, batch_size: int) -> Tensor:
@@ -80,6 +85,9 @@ def make_dummy(t: Tensor, bdim: int | None, dim: int, batch_size: int) -> Tensor
     """
     shape = list(t.shape)
     if bdim is not None:
-        del shape[_axis(bdim, t.ndim, "bdim")]
+        del shape[_axis(bdim, len(shape), "bdim")]
     shape[_axis(dim, len(shape), "dim")] *= batch_size
-    return torch.empty_strided(shape, (0,) * len(shape), dtype=t.dtype, device=t.device)
+    strides = (0,) * len(shape)
+    if is_functorch_wrapped_tensor(t):
+        return torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device)
+    return t.new_empty_strided(shape, strides)  # the same, and takes half the time

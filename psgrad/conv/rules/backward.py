@@ -90,7 +90,7 @@ def backward(
     want_x, want_weight, want_bias = output_mask
     together = want_x and want_weight and call.margins is None
     if together and gbdim is None and xbdim is None and wbdim is None:
-        plain_x, plain_weight = call.both_grads(grad_output, x, weight, call.groups, (True, True))
+        plain_x, plain_weight = call.both_grads(grad_output, x, weight, call.groups)
         grad_x, grad_weight = (plain_x, None), (plain_weight, None)
     elif together and gbdim is not None and xbdim is not None and wbdim is not None and x.shape[xbdim] != 0:
         grad_x, grad_weight = _ensemble(grad_output, gbdim, x, xbdim, weight, wbdim, call)
@@ -114,7 +114,6 @@ def _ensemble(
         reshape_dim_into(xbdim, 1, x),
         reshape_dim_into(wbdim, 0, weight),
         batch * call.groups,
-        (True, True),
     )
     return (reshape_dim_outof(1, batch, grad_x), 1), (reshape_dim_outof(0, batch, grad_weight), 0)
 

@@ -6,6 +6,7 @@ that stand in for a `B` of length zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,58 +40,33 @@ class Call(NamedTuple):
 
     """
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
     transposed: bool
-    output_padding: tuple[int, ...]
+    output_padding: Sequence[int]
     groups: int
     margins: tuple[int, ...] | None = None
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Run `aten::convolution` with this many groups."""
-        return torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            groups,
-        )
+        return torch.convolution(x, weight, bias, *self[:5], groups)
 
     def input_grad(self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Run `aten::convolution_backward` for the input gradient; only the shape of `x` is used."""
-        return self.both_grads(grad_output, x, weight, groups, (True, False))[0]
+        return _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (True, False, False))[0]
 
     def weight_grad(self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Run `aten::convolution_backward` for the weight gradient; only the shape of `weight` is used."""
-        return self.both_grads(grad_output, x, weight, groups, (False, True))[1]
+        x = _plainly_strided(x)
+        return _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (False, True, False))[1]
 
     def both_grads(
-        self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int, mask: tuple[bool, bool]
+        self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int
     ) -> tuple[Tensor, Tensor]:
-        """Run `aten::convolution_backward`; what the mask leaves out is None."""
-        if mask[1] and 1 in x.shape and x.is_contiguous():
-            # A fold may leave a stride on an axis of one element that reads as channels_last, and the
-            # CPU's native backend then fails: this gives the strides of the plain format.
-            x = x.view(-1).view(x.shape)
-        grad_x, grad_weight, _ = _convolution_backward(
-            grad_output,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            groups,
-            (*mask, False),
-        )
-        return grad_x, grad_weight
+        """Run `aten::convolution_backward` for the gradients of input and weight."""
+        x = _plainly_strided(x)
+        return _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (True, True, False))[:2]
 
     def padded(self, t: Tensor, bdim: int | None) -> Batched:
         """Pad the spatial axes by the margins; `B` comes first."""
@@ -113,6 +89,15 @@ class Call(NamedTuple):
         """Undo `padded`: take the margins off the last axes."""
         assert self.margins is not None
         return F.pad(t, [-margin for margin in self.margins])
+
+
+def _plainly_strided(x: Tensor) -> Tensor:
+    """Give a contiguous tensor the strides of the plain format.
+
+    A fold may leave a stride on an axis of one element that reads as channels_last, and the CPU's native
+    backend then fails.
+    """
+    return x.view(-1).view(x.shape) if 1 in x.shape and x.is_contiguous() else x
 
 
 @lru_cache(maxsize=1024)

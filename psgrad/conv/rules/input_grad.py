@@ -6,7 +6,7 @@ from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import make_dummy, move_batch_dim_to_front, reshape_dim_into, reshape_dim_outof
-from psgrad.conv.rules.call import Batched, Call, batch_length, with_one_entry, without_entries
+from psgrad.conv.rules.call import Batched, Call, with_one_entry, without_entries
 from psgrad.conv.rules.checks import check_backward
 
 __all__ = ["convolution_backward_input_batch_rule", "input_grad"]
@@ -64,16 +64,17 @@ def input_grad(
     call: Call,
 ) -> Batched:
     """`convolution_backward_input_batch_rule` for operands that fit: nothing is checked."""
-    if batch_length((grad_output, gbdim), (weight, wbdim)) == 0:
+    batch = weight.shape[wbdim] if wbdim is not None else 1 if gbdim is None else grad_output.shape[gbdim]
+    if batch == 0:
         grad_output, weight = with_one_entry(grad_output, gbdim), with_one_entry(weight, wbdim)
         return without_entries(*input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call))
     if call.margins is None:
-        return _input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call)
+        return _input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call, batch)
     if call.transposed:
         grad_output, gbdim = call.padded(grad_output, gbdim)
-        return _input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call)
+        return _input_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call, batch)
     padded = call.padded_dummy(make_dummy(x, xbdim, 0, 1))
-    grad, bdim = _input_grad(grad_output, gbdim, padded, None, weight, wbdim, call)
+    grad, bdim = _input_grad(grad_output, gbdim, padded, None, weight, wbdim, call, batch)
     return call.cropped(grad), bdim
 
 
@@ -85,19 +86,18 @@ def _input_grad(
     weight: Tensor,
     wbdim: int | None,
     call: Call,
+    batch: int,
 ) -> Batched:
     groups = call.groups
     if wbdim is None:
+        dummy = make_dummy(x, xbdim, 0, batch)
         if gbdim is None:
             # x does not enter: N(GO), (GO)I -> N(GI)
-            return call.input_grad(grad_output, make_dummy(x, xbdim, 0, 1), weight, groups), None
+            return call.input_grad(grad_output, dummy, weight, groups), None
         # BNO -> (BN)O, OI -> (BN)I -> BNI
-        batch = grad_output.shape[gbdim]
-        dummy = make_dummy(x, xbdim, 0, batch)
         grad = call.input_grad(reshape_dim_into(gbdim, 0, grad_output), dummy, weight, groups)
         return reshape_dim_outof(0, batch, grad), 0
 
-    batch = weight.shape[wbdim]
     dummy = make_dummy(x, xbdim, 1, batch)
     if gbdim is not None:
         # BN(GO) -> N(BGO), B(GO)I -> (BGO)I, groups B*G: N(BGI) -> NB(GI); transposed B(GI)O -> (BGI)O

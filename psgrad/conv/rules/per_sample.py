@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,10 +41,11 @@ def per_sample_refusal(
     """
     if gbdim is None or xbdim is None or wbdim is not None:
         return "grad_output and x must be batched, and the weight not"
-    if x.shape[xbdim] == 0:
+    batch, samples = x.shape[xbdim], x.shape[1 if xbdim == 0 else 0]
+    if samples != 1:
+        return f"an entry of B holds {samples} samples, not one"
+    if batch == 0:
         return "B is empty"
-    if x.shape[1 if xbdim == 0 else 0] != 1:
-        return f"an entry of B holds {x.shape[1 if xbdim == 0 else 0]} samples, not one"
     if is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(grad_output):
         return "an outer transform wraps the tensors"
     if torch.is_grad_enabled() and (x.requires_grad or grad_output.requires_grad):
@@ -95,6 +97,8 @@ def cudnn_conv_per_sample_grad_rule(
     gbdim, xbdim, wbdim, call = check_backward(grad_output, gbdim, x, xbdim, weight, wbdim, geometry)
     check_strategy(strategy)
     mask = mask_of(output_mask)
+    if not mask[1] or per_sample_refusal(grad_output, gbdim, x, xbdim, wbdim) is not None:
+        return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, mask)
     return per_sample_backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, mask, geometry, strategy)
 
 
@@ -110,17 +114,16 @@ def per_sample_backward(
     geometry: ConvGeometry,
     strategy: str,
 ) -> Gradients:
-    """`cudnn_conv_per_sample_grad_rule` for operands that fit: nothing is checked."""
-    want_x, want_weight, want_bias = output_mask
-    if not want_weight or per_sample_refusal(grad_output, gbdim, x, xbdim, wbdim) is not None:
-        return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
+    """Do what that rule does where `per_sample_refusal` is None and the weight's gradient asked for."""
+    assert gbdim is not None
+    assert xbdim is not None
+    want_x, _, want_bias = output_mask
     # B1(GO), B1(GI) -> B(GO), B(GI): B takes the place of the samples; B(GO)I comes back
     samples = move_batch_dim_to_front(x, xbdim).squeeze(1)
     sample_grads = move_batch_dim_to_front(grad_output, gbdim).squeeze(1)
-    if strategy == "auto" and x.device.type == "cpu":
-        problem = problem_of(samples, sample_grads, weight.shape, geometry, 1)
-        if live_kernel(problem) is None and _general_rule_serves(problem):
-            return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
+    planned_on_cpu = strategy == "auto" and x.device.type == "cpu"
+    if planned_on_cpu and _general_rule_serves(problem_of(samples, sample_grads, weight.shape, geometry)):
+        return backward(grad_output, gbdim, x, xbdim, weight, wbdim, call, output_mask)
     grad_weight = weight_grads(samples, sample_grads, weight.shape, geometry, strategy)
     grad_bias = compute_grad_bias(grad_output, output_mask, gbdim)
     return (
@@ -130,12 +133,16 @@ def per_sample_backward(
     )
 
 
+@lru_cache(maxsize=4096)
 def _general_rule_serves(problem: WeightGradProblem) -> bool:
     """Whether no strategy promises to be clearly faster than the general rule.
 
     That is "grouped" in one call, without its chunks and the copy of what they made: faster than the
-    planner's estimate for it. Who replaces it has to promise more than that.
+    planner's estimate for it. Who replaces it has to promise more than that. Where a part of the kernel meets
+    padding alone the strategies leave it out.
     """
+    if live_kernel(problem) is not None:
+        return False
     plan = choose(problem, "grads")
     return plan.seconds[plan.chosen] > _CLEARLY_FASTER * plan.seconds["grouped"]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import make_dummy, move_batch_dim_to_front, reshape_dim_into, reshape_dim_outof
-from psgrad.conv.rules.call import Batched, Call, batch_length, with_one_entry, without_entries
+from psgrad.conv.rules.call import Batched, Call, with_one_entry, without_entries
 from psgrad.conv.rules.checks import check_backward
 
 __all__ = ["convolution_backward_weight_batch_rule", "weight_grad"]
@@ -65,7 +65,8 @@ def weight_grad(
     call: Call,
 ) -> Batched:
     """`convolution_backward_weight_batch_rule` for operands that fit: nothing is checked."""
-    if batch_length((grad_output, gbdim), (x, xbdim)) == 0:
+    batch = grad_output.shape[gbdim] if gbdim is not None else 1 if xbdim is None else x.shape[xbdim]
+    if batch == 0:
         grad_output, x = with_one_entry(grad_output, gbdim), with_one_entry(x, xbdim)
         return without_entries(*weight_grad(grad_output, gbdim, x, xbdim, weight, wbdim, call))
     if call.margins is not None:
@@ -76,23 +77,22 @@ def weight_grad(
     groups = call.groups
     if gbdim is not None and xbdim is not None:
         # BN(GO) -> N(BGO), BN(GI) -> N(BGI), groups B*G: (BGO)I -> B(GO)I; transposed (BGI)O -> B(GI)O
-        batch = x.shape[xbdim]
         dummy = make_dummy(weight, wbdim, 0, batch)
         folded = reshape_dim_into(gbdim, 1, grad_output)
         grad = call.weight_grad(folded, reshape_dim_into(xbdim, 1, x), dummy, batch * groups)
         return reshape_dim_outof(0, batch, grad), 0
     if gbdim is not None:
-        return _grad_output_batched(grad_output, gbdim, x, weight, wbdim, call)
+        return _grad_output_batched(grad_output, gbdim, x, weight, wbdim, call, batch)
     if xbdim is not None:
-        return _x_batched(grad_output, x, xbdim, weight, wbdim, call)
+        return _x_batched(grad_output, x, xbdim, weight, wbdim, call, batch)
     # the weight does not enter: N(GO), N(GI) -> (GO)I
-    return call.weight_grad(grad_output, x, make_dummy(weight, wbdim, 0, 1), groups), None
+    return call.weight_grad(grad_output, x, make_dummy(weight, wbdim, 0, batch), groups), None
 
 
 def _grad_output_batched(
-    grad_output: Tensor, gbdim: int, x: Tensor, weight: Tensor, wbdim: int | None, call: Call
+    grad_output: Tensor, gbdim: int, x: Tensor, weight: Tensor, wbdim: int | None, call: Call, batch: int
 ) -> Batched:
-    batch, groups = grad_output.shape[gbdim], call.groups
+    groups = call.groups
     if groups == 1:
         # BNO -> N(BO), NI: (BO)I -> BOI; transposed I(BO) -> IBO
         axis = 1 if call.transposed else 0
@@ -110,9 +110,9 @@ def _grad_output_batched(
 
 
 def _x_batched(
-    grad_output: Tensor, x: Tensor, xbdim: int, weight: Tensor, wbdim: int | None, call: Call
+    grad_output: Tensor, x: Tensor, xbdim: int, weight: Tensor, wbdim: int | None, call: Call, batch: int
 ) -> Batched:
-    batch, groups = x.shape[xbdim], call.groups
+    groups = call.groups
     if groups == 1:
         # NO, BNI -> N(BI): O(BI) -> OBI; transposed (BI)O -> BIO
         axis = 0 if call.transposed else 1
