@@ -18,10 +18,14 @@ from psgrad.ensemble.value import Value
 
 __all__ = ["Execution", "values_of"]
 
-_FOLDED_ELEMENTS = 40_000
+_FOLDED_ELEMENTS = 85_000
 """On the CPU, the largest mean output of a step and member for which folding wins. What folding saves is
 K - 1 calls a step; what it costs is that grouped kernels and folded tensors use the caches worse, by element.
-Measured on two cores with small CNNs, whose two curves cross between 30,000 and 100,000."""
+On two cores, with twelve small CNNs, 4 and 16 members, the curves cross between 90,000 and 190,000."""
+
+_UNEVEN_ELEMENTS = 30_000
+"""The same where a convolution's channels of one member do not fill the vectors of grouped kernels evenly:
+LeNet's 6, or 10 and 50. Those curves cross between 20,000 and 90,000."""
 
 _CAPTURED_ELEMENTS = 200_000
 """The same where per-sample gradients are captured, which makes every call cost more: those curves cross
@@ -63,9 +67,7 @@ class Execution:
             self._last = EnsemblePlan(members, self._whole(why), why)
         return self._last
 
-    def refusal(
-        self, inputs: Sequence[Any], own: bool, members: int, most: int = _FOLDED_ELEMENTS
-    ) -> str | None:
+    def refusal(self, inputs: Sequence[Any], own: bool, members: int, most: int | None = None) -> str | None:
         """Why these inputs run member after member; None if folded, or if that is still to be checked."""
         if self.strategy == "loop":
             return "asked for"
@@ -164,10 +166,11 @@ class Execution:
         self._graphs[key] = found
         return result
 
-    def _slower(self, key: Hashable, values: Sequence[Value], most: int = _FOLDED_ELEMENTS) -> str | None:
+    def _slower(self, key: Hashable, values: Sequence[Value], most: int | None = None) -> str | None:
         """Why members one after the other are estimated to be faster; None if they are not.
 
-        Pure: from the shapes alone. A step's size grows with the input, in proportion to the first run's.
+        Pure: from the shapes alone. A step's size grows with the input, in proportion to the first run's. At
+        `most` so many elements a step and member are folded; without it, as many as uncaptured runs should.
         """
         on_cpu = all(value.tensor.device.type == "cpu" for value in values)
         if self.strategy == "folded" or not on_cpu:
@@ -181,9 +184,14 @@ class Execution:
                 f" {_FOLDED_PARAMETERS:,}"
             )
         elements = self._measures[key] * _elements(values)
+        why = ""
+        if most is None:
+            uneven = graph.uneven_channels
+            most = _FOLDED_ELEMENTS if uneven is None else _UNEVEN_ELEMENTS
+            why = "" if uneven is None else f" with {uneven} channels"
         if elements <= most:
             return None
-        return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {most:,}"
+        return f"{elements:,.0f} elements a step and member; on the CPU folding wins to {most:,}{why}"
 
     def _whole(self, why: str) -> tuple[Step, ...]:
         return (Step("", type(self.stacked).__name__, "loop", why),)

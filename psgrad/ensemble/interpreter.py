@@ -30,6 +30,8 @@ class FoldedGraph:
     ----------
     steps
         What the last run did, in order.
+    uneven_channels
+        A number of output channels of one member's convolution that is no multiple of 4, if there is one.
     elements
         How many elements a step of the last run gave one member, on average.
 
@@ -40,6 +42,7 @@ class FoldedGraph:
         self.graph = graph
         self.members = members
         self.steps: list[Step] = []
+        self.uneven_channels = _uneven_channels(stacked)
         self._elements = 0
         self._parameters = sum(p.numel() for p in stacked.parameters()) / members
         self._looped: dict[fx.Node, str] = {}
@@ -234,6 +237,11 @@ def _joined(*results: Any) -> Any:
 def _attribute(module: nn.Module, path: Any) -> Tensor:
     owner, _, name = str(path).rpartition(".")
     return getattr(module.get_submodule(owner), name)
+
+
+def _uneven_channels(stacked: nn.Module) -> int | None:
+    convolutions = (m for m in stacked.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    return next((m.out_channels for m in convolutions if m.out_channels % 4), None)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
