@@ -47,7 +47,7 @@ def ordinary_weight_grad(
     # Only the shape is read. oneDNN makes an expanded one contiguous first, up to a third of its time; a
     # block that nobody writes to costs a CPU neither memory nor time, but a GPU both.
     dummy = x.new_empty(()).expand(shape) if x.is_cuda else x.new_empty(shape)
-    weight_grad = torch.ops.aten.convolution_backward(
+    weight_grad = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         dummy,

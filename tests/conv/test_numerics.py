@@ -7,7 +7,7 @@ from psgrad.conv.numerics import PIECE, memory_order, squared_norms
 from psgrad.layers.base import weighted
 
 
-@pytest.mark.parametrize("length", [0, 1, PIECE, PIECE + 1, 3 * PIECE, 500_000])
+@pytest.mark.parametrize("length", [0, 1, PIECE, PIECE + 1, 3 * PIECE, 20_011, 500_000, 524_287])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_long_rows_do_not_come_out_low(length, dtype):
     rows = torch.randn(3, length, generator=torch.Generator().manual_seed(0)).to(dtype)

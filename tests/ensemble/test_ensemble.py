@@ -230,6 +230,22 @@ def test_large_members_run_one_after_the_other_unless_asked_otherwise() -> None:
         Ensemble.from_factory(fn, range(2), strategy="fast")
 
 
+@pytest.mark.parametrize(("channels", "side"), [(6, 20), (8, 32)])
+def test_channels_that_leave_vectors_unfilled_fold_up_to_smaller_steps(channels: int, side: int) -> None:
+    def fn() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU())
+
+    ens = Ensemble.from_factory(fn, range(2))
+    most = 30_000 if channels == 6 else 85_000
+    per_sample = channels * side**2
+    few, many = (torch.randn(n, 3, side, side) for n in (most // per_sample, most // per_sample + 1))
+    for x in (few, many):
+        ens(x)
+    assert ens.plan(few).refusal is None
+    assert f"folding wins to {most:,}" in str(ens.plan(many).refusal)
+    assert ("with 6 channels" in str(ens.plan(many).refusal)) == (channels == 6)
+
+
 def test_train_and_eval_reach_every_layer() -> None:
     ens = Ensemble.from_factory(small, range(2))
     x = torch.randn(6, 4)

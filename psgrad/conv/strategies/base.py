@@ -86,10 +86,10 @@ class Strategy(ABC):
 
     def sq_norms(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Squared norms `[N]`, float32 at least, from per-sample gradients made in chunks."""
-        norms = x.new_empty(problem.samples, dtype=accumulation_dtype(x.dtype))
-        for grads, here in self.kept_in_chunks(x, grad, problem):
-            norms[here] = squared_norms(grads)
-        return norms
+        parts = [squared_norms(grads) for grads, _ in self.kept_in_chunks(x, grad, problem)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else x.new_empty(0, dtype=accumulation_dtype(x.dtype))
 
     def weighted_sum(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, factors: Tensor) -> Tensor:
         """`sum_n factors[n] * grads[n]` of N > 0 samples, from gradients made in chunks; 0 removes one."""

@@ -62,6 +62,9 @@ class Loop(Strategy):
         self, x: Tensor, grad: Tensor, problem: WeightGradProblem
     ) -> Iterator[tuple[Tensor, slice]]:
         """See `Strategy.kept_in_chunks`; one gradient is alive at a time."""
+        if problem.samples == 1:
+            yield ordinary_weight_grad(x, grad, problem).unsqueeze(0), slice(0, 1)
+            return
         rows = problem.rows_per_sample
         for n in range(problem.samples):
             part = slice(n * rows, (n + 1) * rows)
