@@ -124,8 +124,9 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     """How many times slower than a matrix product a backend's convolutions make per-sample gradients.
 
     Fitted, with the strategies' bytes and calls, to the CPU times of 620 problems: oneDNN vectorises over
-    channels, and loses what a group has not; a batch of one it parallelises best, if it is not strided; 1-D
-    layers are slow; of depthwise layers it knows 3x3 kernels best. For CUDA nothing was fitted yet.
+    channels, and loses what a group has not; a batch of one it parallelises best, if it is not strided, but
+    of 3-D layers unfolds it; 1-D layers are slow; of depthwise layers it knows 3x3 kernels best. For CUDA
+    nothing was fitted yet.
     """
     p, rank = problem, len(problem.input_size)
     if p.device.type == "cuda":
@@ -133,8 +134,10 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
     slowdown = 2.0 if rank == 1 else 1.0
-    if p.samples == 1 and rank > 1 and max(p.geometry.stride) > 1:
-        slowdown = 1.15
+    if p.samples == 1 and rank == 2 and max(p.geometry.stride) > 1:
+        slowdown = 1.25
+    elif p.samples == 1 and rank == 3 and p.geometry.kernel_positions > 1 and p.in_per_group >= 16:
+        slowdown = 1 + 50 / p.out_per_group  # the price of an unfolded copy
     if p.out_per_group < 8:
         return slowdown * (50.0 if p.out_per_group < 4 else 20.0)
     if p.in_per_group == 8 and p.dtype.itemsize == 4:  # half a vector of them, and a kernel of its own

@@ -45,7 +45,7 @@ class Unfold(Strategy):
         return Cost(
             flops=p.flops,
             bytes=p.samples * (copied * unfolded + written * p.gradient_bytes),
-            calls=2 + p.samples * p.groups // 30,
+            calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
             peak_bytes=min(self._chunk(p, verb), p.samples) * temporary,
         )
 
