@@ -57,8 +57,12 @@ class Grouped(Strategy):
 
     @staticmethod
     def _chunk(problem: WeightGradProblem) -> int:
-        """Samples per call: a backend reorders about half of the operands, and makes the result."""
-        return samples_per_chunk(problem, operand_bytes(problem) // 2 + problem.gradient_bytes)
+        """Samples per call: a backend reorders about half of the operands, and makes the result.
+
+        Twice what others have: of layers whose results are large, few groups a call are slow (0.78 to 0.97 of
+        the time on nine of twelve layers, 1.13 on one, with 8 MiB in place of 4; 16 MiB vary more).
+        """
+        return samples_per_chunk(problem, (operand_bytes(problem) // 2 + problem.gradient_bytes) // 2)
 
 
 def _in_one_call(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
