@@ -104,7 +104,7 @@ class SingleMember:
         return SingleMember, (self._stacked,)
 
 
-_place, _kind = Tensor.data_ptr, attrgetter("shape", "requires_grad")
+_place, _strides, _kind = Tensor.data_ptr, Tensor.stride, attrgetter("shape", "requires_grad")
 
 
 class _Aliases:
@@ -135,6 +135,7 @@ class _Aliases:
         # of a tensor whose alias lives, no other storage is at its address
         self._places = list(map(_place, self.slots.tensors))
         self._kinds = list(map(_kind, self.slots.tensors))
+        self._orders = list(map(_strides, self.slots.tensors))
 
     def hold(self) -> bool:
         """Whether the module has the tensors still that they were made of."""
@@ -143,6 +144,7 @@ class _Aliases:
             self.slots.hold()
             and list(map(_place, tensors)) == self._places
             and list(map(_kind, tensors)) == self._kinds
+            and list(map(_strides, tensors)) == self._orders
         )
 
     def unrecorded(self) -> bool:

@@ -109,6 +109,14 @@ def _data(ens: Ensemble, member: nn.Module) -> None:
     member[0].weight.data = torch.ones(5, 4)
 
 
+def _strides(ens: Ensemble, member: nn.Module) -> None:
+    """The same shape at the same address, read in another order."""
+    weight, alone = ens.stacked[0].weight, member[0].weight
+    weight.grad = alone.grad = None
+    weight.data = weight.data.as_strided((1, 5, 4), (20, 1, 5))
+    alone.data = alone.data.as_strided((5, 4), (1, 5))
+
+
 def _replaced(ens: Ensemble, member: nn.Module) -> None:
     ens.stacked[3].bias = nn.Parameter(torch.ones(1, 3))
     member[3].bias = nn.Parameter(torch.ones(3))
@@ -149,7 +157,8 @@ def _in_place(ens: Ensemble, member: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_freeze, _thaw, _data, _replaced, _layer, _dtype, _loaded, _assigned, _mode, _in_place]
+    "change",
+    [_freeze, _thaw, _data, _strides, _replaced, _layer, _dtype, _loaded, _assigned, _mode, _in_place],
 )
 def test_what_is_changed_between_two_losses_is_seen(change: Callable[..., None]) -> None:
     ens, member = pair()
