@@ -25,9 +25,11 @@ from psgrad.conv.verbs import weight_grads
 __all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
 
 _CLEARLY_FASTER = 0.77
-"""Part of the estimate for "grouped" that the general rule may take, which needs no chunks: of 256-256 3x3 @8 with
-32 samples unfold is estimated at 0.76 of it, and takes half the general rule's time; of 64-64 5 @1024 at 0.78, and
-takes 1.3 times as long."""
+"""Part of the estimate for "grouped" that the general rule may take, which needs no chunks.
+
+With 32 samples of 256-256 3x3 @8, unfold is estimated at 0.76 of it, and takes half of the general rule's
+time; of 64-64 5 @1024 at 0.78, and takes 1.3 times as long.
+"""
 
 
 def per_sample_refusal(
