@@ -11,9 +11,10 @@ from psgrad.added_norm import AddedNorm
 from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
-from psgrad.held import Held, total_norms
+from psgrad.held import total_norms
 from psgrad.loss import LossCheck, LossReduction, checked_reduction
 from psgrad.norm_statistics import NoiseScale, noise_scale, outliers
+from psgrad.plain_sums import PlainSums
 
 __all__ = ["GradNorms"]
 
@@ -71,7 +72,7 @@ class GradNorms:
         self, module: nn.Module, loss_reduction: LossReduction = "mean", *, rows_per_sample: int = 1
     ) -> None:
         self._reduction = checked_reduction(loss_reduction)
-        self._held = Held()
+        self._held = PlainSums()
         self._seen: _Seen | None = None
         check = LossCheck(self._reduction, samples_must_not_mix=False)
         self._capture = attach(module, self, rows_per_sample, check)

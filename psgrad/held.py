@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from psgrad.added_norm import AddedNorm
 from psgrad.capture.contribution import Contribution, KeptGrads, PerParameter
 from psgrad.conv.reused import Blocks
 from psgrad.layers.base import squared_norms
@@ -46,20 +45,24 @@ class Held:
         """Take a contribution. A parameter that was used before has the norm of the sum of its uses."""
         while earlier := self._overlapping(contribution):
             for p in earlier.parameters:
-                del self._where[p]
-                self._sq_norms.pop(p, None)
+                self._drop(p)
             together = repeated(earlier, contribution)
             if together is not None:
                 self._where.update(dict.fromkeys(together.parameters, together))
                 return
             # both must be written out to be added up, sample by sample
             contribution = earlier.plus(contribution)
-        self._hold(self._form(contribution))
+        self._take(contribution)
 
-    def _form(self, contribution: Contribution) -> Contribution:
-        """Return the form of a contribution to hold."""
+    def _drop(self, p: nn.Parameter) -> None:
+        del self._where[p]
+        self._sq_norms.pop(p, None)
+
+    def _take(self, contribution: Contribution) -> None:
+        """Hold a contribution, in the form that is best for it, with its norms."""
         with self._blocks.lending():
-            return contribution.kept()
+            contribution = contribution.kept()
+        self._hold(contribution)
 
     def _overlapping(self, contribution: Contribution) -> Contribution | None:
         """Return a held contribution that has a parameter of this one."""
@@ -77,7 +80,7 @@ class Held:
         """Decide how to hold the layers that may have been called once more."""
         for contribution in self._contributions():
             if isinstance(contribution, RepeatedUse):
-                self._hold(self._form(contribution))
+                self._take(contribution)
 
     def settled(self) -> list[tuple[Contribution, PerParameter]]:
         """Return what is held with its squared norms by parameter; none is in two contributions."""
@@ -132,30 +135,6 @@ class Held:
         """
         for p, added in self._weighted_sums(factors).items():
             accumulate(p, added)
-
-    def release_all(self, norms: Tensor) -> AddedNorm:
-        """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
-
-        Parameters
-        ----------
-        norms
-            `[N]`, or `[K, N]` of an ensemble; of the shape alone is made use.
-
-        Returns
-        -------
-        AddedNorm
-            The squared norm of all that was added, a scalar, or of every member `[K]`.
-
-        """
-        sums = self._weighted_sums(dict.fromkeys(self._where, torch.ones_like(norms)))
-        for p, added in sums.items():
-            accumulate(p, added)
-        shape = norms.shape[:-1]
-
-        def squared_norm(added: list[Tensor]) -> Tensor:
-            return added_up([squared_norms(t if shape else t.unsqueeze(0)) for t in added]).reshape(shape)
-
-        return AddedNorm(sums, squared_norm)
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
         self.settle()

@@ -53,6 +53,10 @@ class RepeatedUse(Contribution):
         """See `Contribution.weighted_sum`."""
         return self._at_once().weighted_sum(factors)
 
+    def norms_and_sums(self) -> tuple[PerParameter, PerParameter] | None:
+        """See `Contribution.norms_and_sums`."""
+        return self._at_once().norms_and_sums()
+
     def tensors(self) -> Iterable[Tensor]:
         """See `Contribution.tensors`."""
         parts: list[Contribution] = [*self.uses] if self.written is None else [*self.uses, self.written]

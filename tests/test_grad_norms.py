@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from psgrad import ConfigError, GradNorms
+from psgrad.layers.conv import Convolution
+from psgrad.layers.linear import Linear
 from tests.capture.test_capture import MODELS, make
 from tests.model_oracle import grads_one_by_one, squared_loss
 
@@ -140,3 +142,70 @@ def test_noise_scale_of_gradients_that_changed_since(change, accumulated):
         else:
             with pytest.raises(ConfigError, match="ask before zero_grad"):
                 _ = monitor.noise_scale
+
+
+class Again(nn.Module):
+    """Layers that are called as often as the model is told to, on rows of the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(6, 6)
+        self.times = 1
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = torch.tanh(self.linear(self.conv(x)))
+        return x.flatten(1)
+
+
+def test_a_layer_that_is_called_once_more_counts_with_the_sum_of_its_calls():
+    """Its first call is squared and added up at once, which must not be what counts; nor what is left."""
+    torch.manual_seed(0)
+    model, x = Again().double(), torch.randn(5, 4, 6, 6, dtype=torch.double)
+    with GradNorms(model) as monitor:
+        for times in (1, 3, 1, 2):
+            model.times = times
+            expected = grads_one_by_one(model, squared_loss, [x])
+            ordinary = grads_one_by_one(model, squared_loss, [x], len(x))
+            model.zero_grad()
+            squared_loss(model, x).backward()
+            norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+            torch.testing.assert_close(monitor.norms, norms)
+            for path, p in model.named_parameters():
+                torch.testing.assert_close(p.grad, ordinary[path][0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize("sizes", [(2, 40, 3), (6, 5, 4), (64, 3, 65)])  # the last two: by Gram matrices
+def test_norms_and_sum_of_a_linear_layer(bias, frozen, sizes):
+    inputs, positions, outputs = sizes
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(inputs, outputs, bias=bias), nn.Tanh(), nn.Flatten(), nn.Linear(positions * outputs, 2)
+    )
+    model = model.double()
+    if frozen is not None and getattr(model[0], frozen) is not None:
+        getattr(model[0], frozen).requires_grad_(False)
+    x = torch.randn(7, positions, inputs, dtype=torch.double)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    ordinary = grads_one_by_one(model, squared_loss, [x], len(x))
+    with GradNorms(model) as monitor:
+        squared_loss(model, x).backward()
+    for layer in ("0", "3"):
+        parts = [g.flatten(1).square().sum(1) for name, g in expected.items() if name.startswith(layer)]
+        if parts:
+            torch.testing.assert_close(monitor.per_layer[layer], torch.stack(parts).sum(0).sqrt())
+    for path, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, ordinary[path][0])
+
+
+def test_gradients_are_made_once(monkeypatch):
+    """Of a layer with many positions, norms and sum come from the same gradients: no weighted sum follows."""
+    monkeypatch.setattr(Linear, "weighted_sum", None)
+    monkeypatch.setattr(Convolution, "weighted_sum", None)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(2), nn.Linear(100, 4), nn.Flatten())
+    with GradNorms(model) as monitor:
+        model(torch.randn(4, 3, 12, 12)).square().mean().backward()
+    assert monitor.norms.shape == (4,)

@@ -52,6 +52,10 @@ class Contribution(ABC):
         `factors` is `[N]`; a factor of exactly 0 removes its sample, also one that is not finite.
         """
 
+    def norms_and_sums(self) -> tuple[PerParameter, PerParameter] | None:
+        """`sq_norms` and `weighted_sum` of factors 1 from the same work, or None if they share none."""
+        return None
+
     @abstractmethod
     def tensors(self) -> Iterable[Tensor]:
         """Return the tensors that live as long as this does."""
@@ -132,6 +136,11 @@ class LayerUse(Contribution):
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
         return self._by_parameter(self.rule.weighted_sum(self.call, factors))
+
+    def norms_and_sums(self) -> tuple[PerParameter, PerParameter] | None:
+        """See `Contribution.norms_and_sums`."""
+        both = self.rule.norms_and_sums(self.call)
+        return None if both is None else (self._by_parameter(both[0]), self._by_parameter(both[1]))
 
     def tensors(self) -> Iterable[Tensor]:
         """See `Contribution.tensors`."""

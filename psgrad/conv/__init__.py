@@ -17,6 +17,7 @@ from psgrad.conv.verbs import (
     clipping_keeps_grads,
     kept_weight_grads,
     weight_grad_sq_norms,
+    weight_grad_sq_norms_and_sum,
     weight_grads,
     weighted_weight_grad,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "uninstall_rules",
     "use_rules",
     "weight_grad_sq_norms",
+    "weight_grad_sq_norms_and_sum",
     "weight_grads",
     "weighted_weight_grad",
 ]

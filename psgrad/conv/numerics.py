@@ -9,7 +9,15 @@ from torch import Tensor
 
 from psgrad.conv.factors import remove_some
 
-__all__ = ["accumulation_dtype", "drop_removed", "memory_order", "per_row", "squared_norms", "weighted"]
+__all__ = [
+    "RunningSum",
+    "accumulation_dtype",
+    "drop_removed",
+    "memory_order",
+    "per_row",
+    "squared_norms",
+    "weighted",
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +71,45 @@ def weighted(factors: Tensor, grads: Tensor) -> Tensor:
     ordered = drop_removed(grads, factors).permute(0, *(order := memory_order(grads)))
     total = (factors.to(grads.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
     return total.permute([order.index(axis) for axis in range(1, grads.ndim)]).contiguous()
+
+
+class RunningSum:
+    """`sum_n factors[n] * grads[n]`, of gradients that come a few at a time, all in one order of memory.
+
+    Kept in float32 at least, in the order in which the gradients lie.
+
+    Parameters
+    ----------
+    dtype
+        Of the result.
+
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._total: Tensor | None = None
+        self._order: list[int] = []
+        self._shape: torch.Size = torch.Size()
+
+    def add(self, grads: Tensor, factors: Tensor) -> None:
+        """Take some more: `[n, *shape]`, dense, and `[n]` of their dtype."""
+        self._order = memory_order(grads)
+        ordered = grads.permute(0, *self._order)
+        self._shape, rows = ordered.shape[1:], ordered.flatten(1)
+        wide = accumulation_dtype(self._dtype)
+        if self._total is None:
+            self._total = rows.new_zeros(rows.shape[1], dtype=wide)
+        if rows.dtype == wide:
+            self._total.addmv_(rows.T, factors)  # a quarter of the time of a sum over axis 0, and an addition
+        else:
+            self._total.add_(factors @ rows)
+
+    def value(self) -> Tensor:
+        """Return the sum `[*shape]`, contiguous, in the dtype asked for; at least one gradient was added."""
+        assert self._total is not None
+        total = self._total.view(self._shape)
+        total = total.permute([self._order.index(axis) for axis in range(1, len(self._order) + 1)])
+        return total.to(self._dtype).contiguous()
 
 
 def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from psgrad.conv.strategies import STRATEGIES, Cost
 from psgrad.conv.strategies.base import operand_bytes, ordinary_slowdown, with_samples
 from psgrad.errors import ConfigError
 
-__all__ = ["ONCE", "clipping_choice", "live_in_sum", "plan_sum"]
+__all__ = ["ONCE", "clipping_choice", "live_in_sum", "plan_sum", "ways_of_sum"]
 
 ONCE = ("backend", "product")
 """The ways that make one ordinary weight gradient, of operands that were weighed."""
@@ -50,7 +50,7 @@ def plan_sum(problem: WeightGradProblem, memory_budget: int | None = None) -> Pl
     """
     live = live_in_sum(problem)
     inner = problem if live is None else live.problem
-    costs, refusals = _ways(inner)
+    costs, refusals = ways_of_sum(inner)
     seconds = {name: seconds_of(cost, inner) for name, cost in costs.items()}
     chosen = min(seconds, key=lambda name: seconds[name])
     found = Plan(chosen, "weighted_sum", inner, seconds, costs, refusals, clipping=clipping_choice(problem))
@@ -88,7 +88,7 @@ def clipping_choice(problem: WeightGradProblem) -> ClippingChoice:
     live = live_kernel(problem)
     problem = problem if live is None else live.problem
     norms = choose(problem, "sq_norms")
-    costs, _ = _ways(problem)
+    costs, _ = ways_of_sum(problem)
     weighted = min(seconds_of(cost, problem) for cost in costs.values())
     return ClippingChoice(grads.chosen, norms.chosen, result, keep, norms.seconds[norms.chosen], weighted)
 
@@ -100,7 +100,7 @@ def live_in_sum(problem: WeightGradProblem) -> LiveKernel | None:
     return None if dense else worth_cropping(problem, 1)
 
 
-def _ways(problem: WeightGradProblem) -> tuple[dict[str, Cost], dict[str, str]]:
+def ways_of_sum(problem: WeightGradProblem) -> tuple[dict[str, Cost], dict[str, str]]:
     """Return what each way of making the sum would cost, and why the others are none."""
     costs, refusals = {}, {}
     once, other = ("product", "backend") if _is_product(problem) else ("backend", "product")

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from psgrad.conv.at_once import sq_norms_and_sum
 from psgrad.conv.choice import plan_within, resolve
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel, worth_cropping
+from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.problem import normalise, problem_of
 from psgrad.conv.strategies import Verb
 from psgrad.conv.strategies.base import chunks
@@ -21,6 +23,7 @@ __all__ = [
     "clipping_keeps_grads",
     "kept_weight_grads",
     "weight_grad_sq_norms",
+    "weight_grad_sq_norms_and_sum",
     "weight_grads",
     "weighted_weight_grad",
 ]
@@ -135,6 +138,33 @@ def weight_grad_sq_norms(
     if live is not None:
         x, problem = live.crop(x), live.problem
     return resolve(strategy, problem, "sq_norms").sq_norms(x, grad_output, problem)
+
+
+@torch.no_grad()
+def weight_grad_sq_norms_and_sum(
+    x: Tensor,
+    grad_output: Tensor,
+    weight_shape: Sequence[int],
+    geometry: ConvGeometry,
+    *,
+    rows_per_sample: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Compute every sample's squared norm, and the ordinary weight gradient, at little more than its price.
+
+    Gradients of a few samples at a time are squared and added up; or both are computed on their own, where
+    that is estimated to be faster. Arguments and errors are those of `weight_grads`.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        `[N]` as of `weight_grad_sq_norms`; and the sum over all samples `[*weight_shape]`, contiguous, of the
+        dtype of x, zeros for an empty batch.
+
+    """
+    x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if problem.samples == 0:
+        return x.new_empty(0, dtype=accumulation_dtype(x.dtype)), x.new_zeros(problem.weight_shape)
+    return sq_norms_and_sum(x, grad_output, problem)
 
 
 def _within_budget(

@@ -121,6 +121,13 @@ class LayerRule(ABC):
         """
         return {name: weighted(factors, grad) for name, grad in self.grads(call).items()}
 
+    def norms_and_sums(self, call: LayerCall) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Squared norms as of `sq_norms` and plain sums over the samples, for who does not clip.
+
+        None, the default, where they have no work in common; or if there is no sample.
+        """
+        return None
+
     def kept_grads(self, call: LayerCall) -> dict[str, Tensor]:
         """As `grads`, dense, but in any order of the axes in memory: clipping only squares and sums."""
         return self.grads(call)

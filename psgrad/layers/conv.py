@@ -14,6 +14,7 @@ from psgrad.conv import (
     clipping_keeps_grads,
     kept_weight_grads,
     weight_grad_sq_norms,
+    weight_grad_sq_norms_and_sum,
     weight_grads,
     weighted_weight_grad,
 )
@@ -77,6 +78,20 @@ class Convolution(LayerRule):
             g = g * per_row(factors, g, call.rows_per_sample)
             sums["bias"] = g.sum([axis for axis in range(g.ndim) if axis != 1])
         return sums
+
+    def norms_and_sums(self, call: LayerCall) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """See `LayerRule.norms_and_sums`."""
+        if "weight" not in call.wanted or call.samples == 0:
+            return None
+        norms, sums = {}, {}
+        x, shape, geometry = _operands(call)
+        norms["weight"], sums["weight"] = weight_grad_sq_norms_and_sum(
+            x, call.g, shape, geometry, rows_per_sample=call.rows_per_sample
+        )
+        if "bias" in call.wanted:
+            bias = sample_sum(call, call.g, keep=(1,))
+            norms["bias"], sums["bias"] = squared_norms(bias), bias.sum(0)
+        return norms, sums
 
     def keeps_grads(self, call: LayerCall) -> bool:
         """See `LayerRule.keeps_grads`: whichever is faster, if it is not four times the memory."""

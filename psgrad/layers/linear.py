@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psgrad.conv.numerics import RunningSum
+from psgrad.conv.scratch import scratch
+from psgrad.conv.strategies.base import evenly
 from psgrad.conv.strategies.gram import eaten, norms_of_grams
 from psgrad.layers.base import (
     LayerCall,
@@ -20,6 +23,14 @@ from psgrad.layers.base import (
 )
 
 __all__ = ["Linear"]
+
+CHUNK_BYTES = 4 * 2**20
+"""Of gradients that are made to be squared, and perhaps added up."""
+BYTES_FOR_FLOPS = 30
+"""Of a processor that does so many FLOPs while it writes and reads an element of a gradient thrice.
+
+Fitted to 13 layers: the better of the two ways on 12, at most 1.06x the time of the other.
+"""
 
 
 class Linear(LayerRule):
@@ -49,14 +60,30 @@ class Linear(LayerRule):
         """See `LayerRule.sq_norms`; by Gram matrices over positions where that is less."""
         x, g = _operands(call)
         positions, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
-        if positions * (inputs + outputs) >= inputs * outputs and positions != 1:
-            return super().sq_norms(call)
         norms = {}
         if "weight" in call.wanted:
-            norms["weight"] = _gram_sq_norms(x, g)
+            if positions * (inputs + outputs) >= inputs * outputs and positions != 1:
+                norms["weight"] = _sq_norms(x, g)
+            else:
+                norms["weight"] = _gram_sq_norms(x, g)
         if "bias" in call.wanted:
             norms["bias"] = squared_norms(g.sum(1, dtype=accumulation_dtype(g.dtype)))
         return norms
+
+    def norms_and_sums(self, call: LayerCall) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """See `LayerRule.norms_and_sums`: from gradients made in chunks, where that takes less than Grams."""
+        if "weight" not in call.wanted or call.samples == 0 or call.g.dtype.itemsize < 4:
+            return None
+        x, g = _operands(call)
+        positions, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
+        if positions == 1 or BYTES_FOR_FLOPS * inputs * outputs > positions**2 * (inputs + outputs):
+            return None
+        total = RunningSum(g.dtype)
+        norms, sums = {"weight": _sq_norms(x, g, total)}, {"weight": total.value()}
+        if "bias" in call.wanted:
+            bias = g.sum(1, dtype=accumulation_dtype(g.dtype))
+            norms["bias"], sums["bias"] = squared_norms(bias), bias.sum(0)
+        return norms, sums
 
     def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
         """See `LayerRule.weighted_sum`: one matrix product, with the smaller of x and g scaled."""
@@ -78,6 +105,23 @@ def _operands(call: LayerCall) -> tuple[Tensor, Tensor]:
     g = call.by_sample(call.g).flatten(1, -2)
     x = call.by_sample(call.x.to(call.g.dtype)).flatten(1, -2)
     return x, g
+
+
+def _sq_norms(x: Tensor, g: Tensor, total: RunningSum | None = None) -> Tensor:
+    """N T I, N T O -> N, from gradients `[n, O, I]` of a few samples at a time, which `total` adds up."""
+    samples, _, inputs = x.shape
+    each = inputs * g.shape[2] * g.dtype.itemsize
+    step = evenly(samples, max(1, CHUNK_BYTES // each), torch.get_num_threads())
+    norms = []
+    for start in range(0, samples, step):
+        here = slice(start, start + step)
+        left, right = g[here].mT, x[here]
+        grads = scratch("gradients", (len(left), left.shape[1], inputs), g)
+        torch.bmm(left, right, out=grads)
+        norms.append(squared_norms(grads))
+        if total is not None:
+            total.add(grads, grads.new_ones(len(grads)))
+    return torch.cat(norms) if norms else squared_norms(g.flatten(1))
 
 
 def _gram_sq_norms(x: Tensor, g: Tensor) -> Tensor:

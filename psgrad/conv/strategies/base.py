@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from psgrad.conv.numerics import accumulation_dtype, squared_norms, weighted
+from psgrad.conv.numerics import RunningSum, accumulation_dtype, drop_removed, squared_norms
 from psgrad.conv.problem import WeightGradProblem
 
 __all__ = ["Cost", "Strategy", "Verb"]
@@ -91,14 +91,21 @@ class Strategy(ABC):
             return parts[0]
         return torch.cat(parts) if parts else x.new_empty(0, dtype=accumulation_dtype(x.dtype))
 
+    def sq_norms_and_sum(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor, Tensor]:
+        """Squared norms as of `sq_norms`, and the plain sum, from the same gradients of N > 0 samples."""
+        norms, total = [], RunningSum(x.dtype)
+        for grads, _ in self.kept_in_chunks(x, grad, problem):
+            norms.append(squared_norms(grads))
+            total.add(grads, grads.new_ones(len(grads)))
+        return torch.cat(norms), total.value()
+
     def weighted_sum(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, factors: Tensor) -> Tensor:
         """`sum_n factors[n] * grads[n]` of N > 0 samples, from gradients made in chunks; 0 removes one."""
-        total: Tensor | None = None
+        total = RunningSum(x.dtype)
         for grads, here in self.kept_in_chunks(x, grad, problem):
-            part = weighted(factors[here], grads).to(accumulation_dtype(x.dtype))
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total.to(x.dtype)
+            part = factors[here]
+            total.add(drop_removed(grads, part), part.to(grads.dtype))
+        return total.value()
 
 
 def samples_per_chunk(problem: WeightGradProblem, bytes_per_sample: int) -> int:
@@ -108,11 +115,16 @@ def samples_per_chunk(problem: WeightGradProblem, bytes_per_sample: int) -> int:
     them: three products on two threads take as long as four.
     """
     most = max(1, chunk_bytes(problem) // max(1, bytes_per_sample))
-    threads = 1 if problem.device.type == "cuda" else min(most, torch.get_num_threads())
+    return evenly(problem.samples, most, 1 if problem.device.type == "cuda" else torch.get_num_threads())
+
+
+def evenly(samples: int, most: int, threads: int) -> int:
+    """How many samples to take at a time, at most so many: chunks alike, multiples of the threads."""
+    threads = min(most, threads)
     most -= most % threads
-    chunks = max(1, -(-problem.samples // most))
-    alike = -(-problem.samples // chunks)
-    return max(1, min(problem.samples, -(-alike // threads) * threads))
+    chunks = max(1, -(-samples // most))
+    alike = -(-samples // chunks)
+    return max(1, min(samples, -(-alike // threads) * threads))
 
 
 def chunk_bytes(problem: WeightGradProblem) -> int:
@@ -134,7 +146,7 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
     slowdown = 2.0 if rank == 1 else 1.0
-    if p.samples == 1 and rank == 2 and max(p.geometry.stride) > 1:
+    if p.samples == p.rows_per_sample == 1 and rank == 2 and max(p.geometry.stride) > 1:
         slowdown = 1.25
     elif p.samples == 1 and rank == 3 and p.geometry.kernel_positions > 1 and p.in_per_group >= 16:
         slowdown = 1 + 50 / p.out_per_group  # the price of an unfolded copy
@@ -149,9 +161,9 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
 
 def ordinary_slowdown(problem: WeightGradProblem) -> float:
     """How many times slower than a good matrix product a backend makes the sum over all of the problem."""
-    rank = len(problem.input_size)
-    one_by_one = backend_slowdown(with_samples(problem, 1))
-    return one_by_one / 2 if rank == 1 and problem.groups == 1 else one_by_one  # 1-D layers are slow alone
+    p = problem
+    one = backend_slowdown(replace(p, samples=1, rows_per_sample=p.samples * p.rows_per_sample))
+    return one / 2 if len(p.input_size) == 1 and p.groups == 1 else one  # 1-D layers are slow alone
 
 
 def operand_bytes(problem: WeightGradProblem) -> int:
