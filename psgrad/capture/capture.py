@@ -76,15 +76,15 @@ class Capture:
         if rows_per_sample < 1:
             raise ShapeError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self._module = module
-        self._recorder = Recorder(consumer, self._check_trainable)
+        # What makes every captured node part of the graph, also where nothing else requires grad.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._recorder = Recorder(consumer, self._check_trainable, self._anchor)
         self._rows_per_sample = rows_per_sample
         self._loss = loss
         self._root_rows: int | None = None
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = False  # all that batches tell
-        # What makes every captured node part of the graph, also where nothing else requires grad.
-        self._anchor = torch.zeros((), requires_grad=True)
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
@@ -208,7 +208,7 @@ class Capture:
         """Run all rows, in a graph apart where its backward may have to run again."""
         if not (self._repeatable and torch.is_grad_enabled()) or self._call is not None:
             return self._run_rows(forward, args, kwargs, rows)
-        self._call = RepeatableCall(self._recorder.reached)
+        self._call = RepeatableCall(self._recorder.reached, self._anchor)
         try:
             return self._call.run(
                 lambda *args, **kwargs: self._run_rows(forward, args, kwargs, rows), args, kwargs

@@ -31,11 +31,16 @@ class Consumer(Protocol):
 
 
 class Recorder:
-    """Tells `consumer` about every backward pass; `check` is called before it finishes."""
+    """Tells `consumer` about every backward pass; `check` is called before it finishes.
 
-    def __init__(self, consumer: Consumer, check: Callable[[], None]) -> None:
+    `anchor` is the leaf that every captured node leads to. Where a pass does not reach it, nobody asked for
+    gradients of parameters: `torch.autograd.grad` of an input, say, of which nothing is told.
+    """
+
+    def __init__(self, consumer: Consumer, check: Callable[[], None], anchor: Tensor) -> None:
         self._consumer = consumer
         self._check = check
+        self._leaf = torch.autograd.graph.get_gradient_edge(anchor).node
         self._task: int | None = None
         self._seen: tuple[str, int] | None = None
         self._device_type = "cpu"
@@ -52,6 +57,9 @@ class Recorder:
             As `record`.
 
         """
+        if not self._adds_up():
+            call.only_to_inputs()
+            return
         self._begin("the module's output")
         self._calls.append(call)
         try:
@@ -63,6 +71,8 @@ class Recorder:
     def record(self, contribution: Contribution, gate: Gate | None = None) -> None:
         """Hand over what a layer contributed, in this gate's call or outside of any; part of `backward`.
 
+        In a pass that only computes gradients of other tensors (`torch.autograd.grad`) nothing is done.
+
         Raises
         ------
         CaptureError
@@ -72,6 +82,8 @@ class Recorder:
             If it has another number of samples than what came before in this backward pass.
 
         """
+        if not self._adds_up():
+            return
         if gate is None:
             self._begin(contribution.path)
             self._alone = self._alone or contribution.path
@@ -86,6 +98,10 @@ class Recorder:
         self._device_type = contribution.parameters[0].device.type
         with self._full_precision():
             (self._instead or self._consumer.add)(contribution)
+
+    def _adds_up(self) -> bool:
+        """Whether this pass adds to the gradients of leaves, as `backward` does."""
+        return torch._C._will_engine_execute_node(self._leaf)
 
     def _begin(self, path: str) -> None:
         """Have the end of this backward pass told, if nothing of it was reached before.

@@ -61,7 +61,9 @@ class RepeatableCall:
     ----------
     reached
         Called with this, within the loss's backward, when it has the gradients of the outputs; is to call
-        `first`.
+        `first`, or `only_to_inputs`.
+    anchor
+        A scalar that requires grad, to which the node leads.
 
     Attributes
     ----------
@@ -70,9 +72,11 @@ class RepeatableCall:
 
     """
 
-    def __init__(self, reached: Callable[[RepeatableCall], None]) -> None:
+    def __init__(self, reached: Callable[[RepeatableCall], None], anchor: Tensor) -> None:
         self.gate = Gate()
         self._reached = reached
+        self._anchor = anchor
+        self._entry = torch.zeros((), requires_grad=True)
         self._ended = False
         self._outputs: list[Tensor] = []
         self._grads: Sequence[Tensor | None] = ()
@@ -93,9 +97,8 @@ class RepeatableCall:
         inputs = [leaves[i] for i in places]
         versions = [t._version for t in inputs]
         if inputs:
-            entry = torch.zeros((), requires_grad=True)
             for n, i in enumerate(places):
-                leaves[i] = _Entry.apply(self.gate, n, entry, leaves[i].detach())
+                leaves[i] = _Entry.apply(self.gate, n, self._entry, leaves[i].detach())
             args, kwargs = tree_unflatten(leaves, structure)
         returned = forward(*args, **kwargs)
         if versions != [t._version for t in inputs]:
@@ -108,9 +111,7 @@ class RepeatableCall:
         if not places:
             return returned
         self._outputs = [leaves[i] for i in places]
-        for i, outer in zip(
-            places, _Exit.apply(self, torch.zeros((), requires_grad=True), *inputs), strict=True
-        ):
+        for i, outer in zip(places, _Exit.apply(self, self._anchor, *inputs), strict=True):
             leaves[i] = outer
         return tree_unflatten(leaves, structure)
 
@@ -148,6 +149,13 @@ class RepeatableCall:
         self._devices, states = get_device_states(*self._outputs)
         self._random = [torch.get_rng_state(), *states]
         self._run(keep=True, inputs=None)
+
+    def only_to_inputs(self) -> None:
+        """Run the module's backward to its inputs alone, and let go of its graph."""
+        self._run(keep=False, inputs=[self._entry])
+        grads = dict(self.gate.input_grads)
+        self.end()
+        self.gate.input_grads.update(grads)
 
     def again(self, inputs: Sequence[Tensor], *, keep: bool) -> None:
         """Run it as the first time, with the same random numbers.

@@ -55,10 +55,10 @@ class FoldedCapture:
     ) -> None:
         self._stacked = stacked
         self._execution = execution
-        self._recorder = Recorder(consumer, check)
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._recorder = Recorder(consumer, check, self._anchor)
         self._rows_per_sample = rows_per_sample
         self._rows = 0
-        self._anchor = torch.zeros((), requires_grad=True)
         self._known: dict[Hashable, str | None] = {}
 
     def graph_for(

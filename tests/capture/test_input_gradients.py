@@ -1,0 +1,90 @@
+"""`torch.autograd.grad` of an input: an attack, a saliency map. No parameter's gradient is asked for."""
+
+import pytest
+import torch
+from torch import nn
+
+from psgrad import GradNorms, PerSampleGrads, clip_per_sample
+from psgrad.ensemble import Ensemble
+from psgrad.errors import ConfigError
+from tests.capture.test_capture import make
+from tests.model_oracle import squared_loss
+
+HANDLES = {
+    "grads": PerSampleGrads,
+    "norms": GradNorms,
+    "clip": lambda model: clip_per_sample(model, 1.0),
+    "clip in a budget": lambda model: clip_per_sample(model, 1.0, memory_budget=10**8),
+    "clip in two passes": lambda model: clip_per_sample(model, 1.0, memory_budget=1),
+}
+
+
+def grads_of(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("handle", HANDLES)
+@pytest.mark.parametrize("name", ["in-place residual", "layers called twice", "own parameters", "parametrized"])
+def test_it_is_as_without_psgrad_and_leaves_parameters_alone(name, handle):
+    if handle == "clip in two passes" and name == "layers called twice":
+        pytest.skip("what is used twice is held")
+    model, x = make(name)
+    x = x.requires_grad_()
+    (expected,) = torch.autograd.grad(squared_loss(model, x), x)
+    squared_loss(model, x).backward()
+    model.zero_grad()
+    with HANDLES[handle](model) as attached:
+        (found,) = torch.autograd.grad(squared_loss(model, x), x)
+        torch.testing.assert_close(found, expected)
+        assert not any(grad is not None for grad in grads_of(model).values())
+        assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+        if handle.startswith("clip"):
+            assert attached.gathered.backward_passes == 0
+            with pytest.raises(ConfigError, match="no backward pass"):
+                _ = attached.result
+        squared_loss(model, (x + 0.1 * found.sign()).detach()).backward()
+        after = grads_of(model)
+        squared_loss(model, x).backward(inputs=[x])
+        assert all(torch.equal(after[name], grad) for name, grad in grads_of(model).items())
+    with HANDLES[handle](model):
+        model.zero_grad()
+        squared_loss(model, (x + 0.1 * found.sign()).detach()).backward()
+    for name, grad in grads_of(model).items():
+        torch.testing.assert_close(grad, after[name])
+
+
+def test_the_same_graph_gives_the_parameters_gradients_afterwards():
+    model, x = make("in-place residual")
+    x = x.requires_grad_()
+    squared_loss(model, x).backward()
+    ordinary = grads_of(model)
+    model.zero_grad()
+    with PerSampleGrads(model):
+        loss = squared_loss(model, x)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+    for name, grad in grads_of(model).items():
+        torch.testing.assert_close(grad, ordinary[name])
+
+
+def test_a_jacobian_of_inputs():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x = torch.randn(2, 4)
+    expected = torch.autograd.functional.jacobian(model, x)
+    with clip_per_sample(model, 1.0) as clip:
+        torch.testing.assert_close(torch.autograd.functional.jacobian(model, x), expected)
+        assert clip.gathered.backward_passes == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_of_an_ensemble():
+    ensemble = Ensemble.from_factory(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)), range(2)
+    )
+    x = torch.randn(4, 2, 4, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(ensemble(x).square().sum(), x)
+    with clip_per_sample(ensemble, 1.0, "sum") as clip:
+        (found,) = torch.autograd.grad(ensemble(x).square().sum(), x)
+        assert clip.gathered.backward_passes == 0
+    torch.testing.assert_close(found, expected)
+    assert all(p.grad is None for p in ensemble.parameters())
