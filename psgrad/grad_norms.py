@@ -162,6 +162,9 @@ class GradNorms:
         """
         return self._capture.regions
 
+    once = False
+    """See `psgrad.capture.Consumer`."""
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         self._held.add(contribution)

@@ -78,6 +78,9 @@ class PerSampleGrads:
         """
         return self._capture.regions
 
+    once = False
+    """See `psgrad.capture.Consumer`."""
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         for p, grads in contribution.grads().items():

@@ -8,6 +8,7 @@ layout are as free as without it, because the node's output is an ordinary tenso
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.captured_call import captured_call
@@ -24,11 +26,26 @@ from psgrad.capture.learning import Learning
 from psgrad.capture.mixed import refuse_mixed
 from psgrad.capture.owners import Owners
 from psgrad.capture.parametrized import Carried, Computed
-from psgrad.capture.recorder import Consumer, Recorder, not_captured, refuse_changed, trainable_of
+from psgrad.capture.recorder import (
+    Consumer,
+    ForwardCall,
+    Recorder,
+    not_captured,
+    refuse_changed,
+    trainable_of,
+)
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
-from psgrad.capture.survey import Layer, OtherRowsError, is_inside, layers_of, refuse_mixing, refuse_model
+from psgrad.capture.survey import (
+    Layer,
+    OtherRowsError,
+    is_inside,
+    layers_of,
+    refuse_mixing,
+    refuse_model,
+    why_hooked,
+)
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import LayerCall, LayerRule
 from psgrad.loss import LossCheck
@@ -165,6 +182,8 @@ class Capture:
         if torch.is_grad_enabled():
             refuse_mixing(self._module)
             self._check_trainable()
+            if rows is None:
+                _refuse_unseen(args, kwargs)
             if rows and rows % self._rows_per_sample == 0:
                 run = self._run_batch if self._learned else self._learn_and_run
                 out = run(forward, args, kwargs, rows)
@@ -227,7 +246,10 @@ class Capture:
             while True:
                 root = self._layers.get("")
                 try:
-                    return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
+                    out = self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
+                    if root and rows and torch.is_grad_enabled() and self._own.is_region(""):
+                        _check_rows(out, rows, args, kwargs)
+                    return out
                 except OtherRowsError as error:
                     if self._widen(error.layer.path) is None:
                         raise
@@ -273,6 +295,8 @@ class Capture:
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
         region = self._own.region
+        if region is None and self._root_rows is None:  # called by itself, not by the model's call
+            refuse_mixing(self._module)
         if region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
             raise CaptureError(
                 f"{layer} was called again for a module that runs one sample at a time (one of "
@@ -323,7 +347,7 @@ class Capture:
     def _run_rule(
         self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int
     ) -> Tensor:
-        gate = self._gate
+        gate, this = self._gate, ForwardCall()
         computed = Computed(layer.module) if is_parametrized(layer.module) else None
         if computed is not None:
             layer = Layer(layer.path, computed.layer, rule)
@@ -331,18 +355,61 @@ class Capture:
         def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
             call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
             use = LayerUse(layer.path, rule, call)
-            self._recorder.record(use if computed is None else Carried(layer.path, computed, use), gate)
+            whole = use if computed is None else Carried(layer.path, computed, use)
+            self._recorder.record(whole, this, gate)
 
         return captured_call(record, layer, rule, rest, self._anchor, x)
 
     def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
         """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""
-        gate = self._gate
+        gate, calls = self._gate, defaultdict[nn.Parameter, ForwardCall](ForwardCall)
 
         def record(p: nn.Parameter, grads: Tensor) -> None:
-            self._recorder.record(KeptGrads(self._owners[p], {p: grads}, grads.shape[0]), gate)
+            written = KeptGrads(self._owners[p], {p: grads}, grads.shape[0])
+            self._recorder.record(written, calls[p], gate)
 
         return record
 
     def _check_trainable(self) -> None:
         refuse_changed(self._trainable, trainable_of(self._module))
+        hooked = [f"{name}: {why}" for name, p in self._trainable.items() if (why := why_hooked(p))]
+        if hooked:
+            raise CaptureError("since psgrad was attached:\n  " + "\n  ".join(hooked))
+
+
+def _refuse_unseen(args: Any, kwargs: Any) -> None:
+    """Raise where inputs are of types whose tensors nobody here can see.
+
+    Raises
+    ------
+    CaptureError
+        Naming them.
+
+    """
+    plain = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+    unseen = {type(leaf).__name__ for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, plain)}
+    if unseen:
+        raise CaptureError(
+            f"no tensor is to be seen in the model's inputs, of type {', '.join(sorted(unseen))}: which rows "
+            "are a sample's cannot be told. Call the model with tensors, or with dicts, lists or tuples of "
+            "them (model(**batch)), or register the type with torch.utils._pytree"
+        )
+
+
+def _check_rows(out: Any, rows: int, args: Any, kwargs: Any) -> None:
+    """Raise where a model that ran one sample at a time returned nothing with the batch in axis 0.
+
+    Raises
+    ------
+    CaptureError
+        Saying what was taken for the batch.
+
+    """
+    shapes = [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]
+    if shapes and all(shape[:1] != (rows,) for shape in shapes):
+        inputs = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise CaptureError(
+            f"the model runs one sample at a time, and returned {shapes[0]} for a batch of {rows} rows. The "
+            f"batch is axis 0 of the first tensor among its inputs, which are {', '.join(map(str, inputs))}: "
+            "let the batch come first, and return what has it in axis 0"
+        )

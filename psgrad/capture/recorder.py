@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,11 +15,22 @@ from psgrad.capture.contribution import Contribution
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.errors import CaptureError, ConfigError, ShapeError
 
-__all__ = ["Consumer", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
+__all__ = ["Consumer", "ForwardCall", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
 
 
 class Consumer(Protocol):
-    """Who is told what a backward pass captured."""
+    """Who is told what a backward pass captured.
+
+    Attributes
+    ----------
+    once
+        Whether a sample may contribute once only, so that no second backward pass may go through one forward
+        pass.
+
+    """
+
+    @property
+    def once(self) -> bool: ...  # noqa: D102  # above
 
     def add(self, contribution: Contribution) -> None:
         """Take one contribution, during backward, in the order in which backward reaches the layers."""
@@ -28,6 +40,20 @@ class Consumer(Protocol):
 
     def abandon(self) -> None:
         """Backward ended in an error: drop what was added."""
+
+
+@dataclass
+class ForwardCall:
+    """One call of something captured.
+
+    Attributes
+    ----------
+    task
+        The backward pass that has come through it.
+
+    """
+
+    task: int | None = None
 
 
 class Recorder:
@@ -68,7 +94,7 @@ class Recorder:
             self.abandon()
             raise
 
-    def record(self, contribution: Contribution, gate: Gate | None = None) -> None:
+    def record(self, contribution: Contribution, call: ForwardCall, gate: Gate | None = None) -> None:
         """Hand over what a layer contributed, in this gate's call or outside of any; part of `backward`.
 
         In a pass that only computes gradients of other tensors (`torch.autograd.grad`) nothing is done.
@@ -77,7 +103,7 @@ class Recorder:
         ------
         CaptureError
             If this backward pass runs inside of another one, or after one that failed, or came into the
-            repeatable call by another way than its outputs.
+            repeatable call by another way than its outputs; or came a second time, where once is all.
         ShapeError
             If it has another number of samples than what came before in this backward pass.
 
@@ -86,6 +112,7 @@ class Recorder:
             return
         if gate is None:
             self._begin(contribution.path)
+            self._check_once(contribution.path, call)
             self._alone = self._alone or contribution.path
         else:
             gate.check(repr(contribution.path))
@@ -124,6 +151,16 @@ class Recorder:
             self._task = task
             self._seen = None
             Variable._execution_engine.queue_callback(self._finish)
+
+    def _check_once(self, path: str, call: ForwardCall) -> None:
+        if self._consumer.once and call.task not in (None, self._task):
+            self.abandon()
+            raise CaptureError(
+                f"{path!r}: backward came a second time through one forward pass (retain_graph), so that its "
+                "samples would add their clipped gradients twice, beyond any bound on one. Add up the losses "
+                "and call backward once."
+            )
+        call.task = self._task
 
     def again(self, take: Callable[[Contribution], None], leaves: Sequence[Tensor], *, keep: bool) -> None:
         """Run the repeatable calls' backward once more, and hand what layers contribute to `take`.
@@ -209,6 +246,7 @@ def not_captured(name: str) -> Callable[[Tensor], None]:
             "forward, or freeze it; a penalty on weights belongs in the optimizer (weight_decay)."
         )
 
+    hook.of_psgrad = True  # type: ignore[attr-defined]  # tells it from hooks of others
     return hook
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.capture.shadow import ShadowForward
@@ -19,6 +20,7 @@ __all__ = [
     "layers_of",
     "refuse_mixing",
     "refuse_model",
+    "why_hooked",
     "why_not_shadowed",
 ]
 
@@ -100,9 +102,9 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
     Raises
     ------
     RefusedModelError
-        If nothing is trainable, samples mix, a layer's settings allow no per-sample gradients, a module's
-        class says so (a string `per_sample_refusal`), or a forward is shadowed already. All offenders are
-        named.
+        If nothing is trainable, a parameter is lazy, complex or hooked, samples mix, a layer's settings allow
+        no per-sample gradients, a module's class says so (a string `per_sample_refusal`), or a forward is
+        shadowed already. All offenders are named.
 
     """
     if not layers:
@@ -110,6 +112,9 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
             f"{type(module).__name__} has no trainable parameter: set requires_grad on those to train"
         )
     refuse_mixing(module)
+    unfit = [f"{name}: {why}" for name, p in module.named_parameters() if (why := _why_unfit(p))]
+    if unfit:
+        raise RefusedModelError("no per-sample gradients for these parameters:\n  " + "\n  ".join(unfit))
     said = [
         f"{_named(path, m)}: {m.per_sample_refusal}"
         for path, m in module.named_modules()
@@ -130,6 +135,28 @@ def refuse_model(module: nn.Module, layers: list[Layer]) -> None:
     ]
     if reasons:
         raise RefusedModelError("no per-sample gradients for this model:\n  " + "\n  ".join(reasons))
+
+
+def _why_unfit(p: nn.Parameter) -> str | None:
+    """Why a parameter has no per-sample gradients, wherever it is used, or None."""
+    if is_lazy(p):
+        return "it has no values yet: run the model once, before it is attached to"
+    if not p.requires_grad:
+        return None
+    if p.is_complex():
+        return "complex, for which no norm is computed: train its real and imaginary part, or freeze it"
+    return why_hooked(p)
+
+
+def why_hooked(p: nn.Parameter) -> str | None:
+    """Why hooks on a trainable parameter would be left out, or None; our own is not counted."""
+    after = p._post_accumulate_grad_hooks or {}
+    if not p._backward_hooks and all(hasattr(hook, "of_psgrad") for hook in after.values()):
+        return None
+    return (
+        "it has hooks (register_hook, register_post_accumulate_grad_hook), which autograd calls and psgrad "
+        "would not, as it computes this gradient itself. Remove them, and change p.grad after backward"
+    )
 
 
 def refuse_mixing(module: nn.Module) -> None:

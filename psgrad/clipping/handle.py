@@ -48,6 +48,8 @@ class ClipPerSample:
         self.loss_reduction = checked_reduction(loss_reduction)
         self.into_sum = into_sum or loss_reduction == "sum"
         """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
+        self.removed = False
+        """Whether gradients are not clipped any more."""
         self._result: ClipResult | None = None
         check = LossCheck(self.loss_reduction, samples_must_not_mix=True)
         self._capture: Attached
@@ -145,6 +147,9 @@ class ClipPerSample:
         """Start the logical step anew, for gradients that are thrown away: no count keeps their samples."""
         self._use(self.style)
 
+    once = True
+    """See `psgrad.capture.Consumer`."""
+
     def add(self, contribution: Contribution) -> None:
         """Take one layer's contribution; part of `backward`."""
         self._held.add(contribution)
@@ -194,6 +199,11 @@ class ClipPerSample:
         self._held.clear()
 
     @property
+    def gradients_per_sample(self) -> int:
+        """1, or of an ensemble K, in each of which a sample has a gradient."""
+        return self._capture.gradients_per_sample
+
+    @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that are clipped, by path."""
         return self._capture.trainable
@@ -232,6 +242,7 @@ class ClipPerSample:
 
     def remove(self) -> None:
         """Detach from the module."""
+        self.removed = True
         self._capture.remove()
 
     def __enter__(self) -> ClipPerSample:
@@ -282,9 +293,10 @@ def clip_per_sample(
     ----------
     When `backward` returns, `p.grad` of every trainable parameter has grown by the clipped sum under
     "sum", by the clipped sum over N under "mean". One sample, added or removed, changes the clipped sum by
-    at most `.l2_bound`, also when several backward passes add up to it. A sample whose gradient is not
-    finite contributes nothing and is reported in `.result.non_finite`. A parameter that is used several
-    times is clipped by the norm of the sum of its uses.
+    at most `.l2_bound`, also when several backward passes add up to it, if it is in one of them only. Through
+    one forward pass backward goes once; who runs a sample forward twice is not seen here. A sample whose
+    gradient is not finite contributes nothing and is reported in `.result.non_finite`. A parameter that is
+    used several times is clipped by the norm of the sum of its uses.
 
     Of an ensemble all this holds for every member: `p.grad[k]` is what the member alone would have, norms and
     factors are `[K, N]`, and `.l2_bound` is of all members together.

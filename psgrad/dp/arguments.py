@@ -33,8 +33,10 @@ def style_of(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None
         If the norms are not one a trainable parameter, or their style is not "per_layer".
 
     """
-    if isinstance(max_grad_norm, (ClippingStyle, float, int)):
+    if isinstance(max_grad_norm, ClippingStyle):
         return as_style(max_grad_norm, clipping)
+    if not isinstance(max_grad_norm, Sequence):  # of NumPy or torch, say
+        return as_style(float(max_grad_norm), clipping)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if clipping != "per_layer" or len(max_grad_norm) != len(names):
         raise ConfigError(

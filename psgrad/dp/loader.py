@@ -9,6 +9,7 @@ from opacus.data_loader import DPDataLoader, dtype_safe, shape_safe, wrap_collat
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from psgrad.capture.region import first_rows
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError
 
@@ -45,6 +46,7 @@ class PoissonLoader(DPDataLoader):
                 sample_empty_shapes=[(0, *shape_safe(x)) for x in first],
                 dtypes=[dtype_safe(x) for x in first],
             )
+            collate([first])  # it learns the form of a batch from one that is not empty
         DataLoader.__init__(  # not Opacus's, which makes a sampler that tells nobody
             self,
             dataset=source.dataset,
@@ -63,7 +65,7 @@ class PoissonLoader(DPDataLoader):
     def __iter__(self) -> Iterator[Any]:
         """Return the batches of a pass."""
         for batch in super().__iter__():
-            self._optimizer.batch_drawn()
+            self._optimizer.batch_drawn(first_rows(batch, {}))
             yield batch
 
 

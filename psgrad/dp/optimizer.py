@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from opacus.accountants.accountant import IAccountant
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from psgrad.clipping import ClipPerSample
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
@@ -84,8 +86,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())
         _refuse_closures(optimizer)
         self._check_clipped([p for group in optimizer.param_groups for p in group["params"]])
+        for p in self.parameters:
+            p.grad = None  # what was not clipped; nor may it be mistaken for what will be
+        clip.forget()
         self.noise_multiplier = noise_multiplier
-        self.expected_batch_size = expected_batch_size
+        self._expected_batch_size = expected_batch_size
         self._divisor = expected_batch_size if divisor is None else divisor
         self.accountant = accountant
         self.sample_rate = sample_rate
@@ -94,6 +99,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._seen = 0  # backward passes of this logical step that a step() has put by
         self._before_batch: int | None = None  # those waiting for a step when a batch was drawn
+        self._drawn: list[int | None] = []  # samples of the loader's batches whose steps are still to come
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
 
     def _check_clipped(self, parameters: list[nn.Parameter]) -> None:
@@ -140,6 +146,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "GradScaler scales the loss before gradients are clipped, and the clipped sum afterwards: "
                 "use bfloat16 autocast, which needs no scaler"
             )
+        if self.clip.removed:
+            raise ConfigError(
+                "step() after the clip handle was removed: gradients are not clipped any more. Use "
+                "optimizer.original_optimizer, or attach a new handle"
+            )
         passes = self.clip.gathered.backward_passes
         if passes <= self._seen:
             raise ConfigError(
@@ -153,6 +164,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "through backward in parts, or through BatchMemoryManager"
             )
         self._seen = passes
+        self._report_samples()
+
+    def _report_samples(self) -> None:
+        gathered = self.clip.gathered.samples // self.clip.gradients_per_sample
+        drawn = [samples for samples in self._drawn if samples is not None]  # one may be drawn ahead
+        if len(drawn) == len(self._drawn) > 0 and gathered > max(drawn):
+            warnings.warn(
+                f"a step of {gathered} samples, on a batch of {max(drawn)} of the loader. A sample that went "
+                "through backward twice (two losses, a second view, windows of a sequence) changes the sum "
+                "by twice its bound, to which noise is not scaled: add up its losses and call backward once, "
+                "or make its rows one sample by rows_per_sample. Rows from elsewhere do no harm",
+                stacklevel=3,
+            )
 
     def step_empty(self) -> None:
         """Make the step of a batch without samples: noise only, accounted as every other.
@@ -171,8 +195,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Tell what the next `step()` not told of yet is: True for a physical batch with more to come."""
         self._physical.append(do_skip)
 
-    def batch_drawn(self) -> None:
-        """Tell that a loader yields the next logical batch: `step()` refuses gradients from two."""
+    def batch_drawn(self, samples: int | None) -> None:
+        """Tell that a loader yields the next logical batch, of so many samples if that is known.
+
+        `step()` refuses gradients from two batches, and warns of more samples than the batch has.
+        """
+        self._drawn.append(samples)
         if self.clip.gathered.backward_passes:
             self._before_batch = self.clip.gathered.backward_passes
 
@@ -180,6 +208,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Tell that a loader starts a pass: what an interrupted logical step left behind is forgotten."""
         self._physical.clear()
         self._sums.clear()
+        self._drawn.clear()
         self.zero_grad()
 
     def _put_by(self) -> None:
@@ -195,6 +224,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         for p in self.parameters:
             p.grad = self._sums.pop(p, None)
         self._seen, self._before_batch = 0, None
+        del self._drawn[:1]
         add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None
@@ -220,6 +250,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Call `hook(self)` in every logical step, after the noise and before the weights move."""
         self._hooks.append(hook)
 
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Call `hook` before the step of the optimizer inside, with it, the noise in `.grad`."""
+        return self.original_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Call `hook` after the step of the optimizer inside, with it."""
+        return self.original_optimizer.register_step_post_hook(hook)
+
     _step_supports_amp_scaling = True  # makes GradScaler show itself, in `found_inf`
 
     @property
@@ -235,6 +273,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: Any) -> None:
         self.clip.set_max_norm(max_grad_norm)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The sample rate times the number of samples. Fixed, as is what the noisy sum is divided by."""
+        return self._expected_batch_size
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -274,10 +317,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
             **self.original_optimizer.state_dict(),
             "accountant": self.accountant.state_dict(),
             "clip": self.clip.state_dict(),
+            "noise_multiplier": self.noise_multiplier,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, between logical steps; a step half gathered is forgotten.
+
+        So does the noise multiplier, which a scheduler may have moved.
 
         Noise is drawn from a new, unseeded generator from now on: the one given, if its seed is the
         interrupted run's, would draw that run's noise once more, and two results with the same noise
@@ -295,6 +341,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.pass_begins()
         self.accountant.load_state_dict(state_dict["accountant"])
         self.clip.load_state_dict(state_dict["clip"])
+        self.noise_multiplier = state_dict.get("noise_multiplier", self.noise_multiplier)
         self.original_optimizer.load_state_dict(
             {name: state_dict[name] for name in ("state", "param_groups")}
         )

@@ -95,6 +95,12 @@ class LossCheck:
         near = distance[found] <= math.log(3) and distance[self._said] - distance[found] > math.log(1.99)
         if near and not any(term.reduction == self._said and 0.5 <= term.scale <= 2 for term in terms):
             self.judge_reduction(found, samples, largest.name)
+        if largest.factor > LARGEST_FACTOR:
+            self._report(
+                f"the loss of a sample is multiplied by {largest.factor:.3g} before backward, and gradients "
+                "are clipped and measured after that: torch.amp.GradScaler does so. Use bfloat16 autocast, "
+                "which needs no scaler"
+            )
         if self._said == "mean":
             self._judge_divisors(terms)
 
@@ -106,20 +112,31 @@ class LossCheck:
         if not whys:
             return
         reason = f"the loss is a mean that divides by {whys[0]}, which depends on the whole batch"
-        advice = 'use reduction="sum" in the loss and loss_reduction="sum"'
+        effect = (
+            "one sample would change what the others contribute, and no bound on it would hold"
+            if self._strict
+            else "norms are off those of the samples' own losses by a factor, the same for all of a batch"
+        )
+        self._report(f'{reason}: {effect}. Use reduction="sum" in the loss and loss_reduction="sum"')
+
+    def _report(self, what: str) -> None:
+        """Raise where samples must not mix; else warn, once.
+
+        Raises
+        ------
+        ConfigError
+            As said.
+
+        """
         if self._strict:
-            raise ConfigError(
-                f"{reason}: one sample would change what the others contribute, and no bound on it would "
-                f"hold. Instead {advice}"
-            )
+            raise ConfigError(what)
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{reason}, and not by the number of samples: norms are off by a factor, the same for all of "
-                f"a batch. For those of the samples' own losses {advice}",
-                stacklevel=2,
-            )
+            warnings.warn(what, stacklevel=2)
 
+
+LARGEST_FACTOR = 1000.0
+"""Beyond, a sample's loss is multiplied on behalf of its dtype, not of its meaning."""
 
 ADVICE = {"mean": "average", "sum": "sum"}
 

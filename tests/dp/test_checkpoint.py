@@ -111,6 +111,10 @@ def test_the_state_of_schedulers_comes_along(tmp_path):
     resumed.load(tmp_path / "c.pt", **dict(zip(names, fresh, strict=True)))
     assert [scheduler.last_epoch for scheduler in fresh] == [scheduler.last_epoch for scheduler in schedulers]
     assert resumed.optimizer.max_grad_norm == pytest.approx(0.05)
+    assert resumed.optimizer.noise_multiplier == first.optimizer.noise_multiplier == 0.5
+    for optimizer, scheduler in ((first.optimizer, schedulers[0]), (resumed.optimizer, fresh[0])):
+        scheduler.step()
+        assert optimizer.noise_multiplier == 0.25
 
 
 def test_half_a_step_before_loading_is_not_in_the_step_after(tmp_path):

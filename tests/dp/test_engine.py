@@ -326,7 +326,9 @@ def test_a_physical_batch_without_backward_is_refused():
 def test_a_grad_scaler_is_refused():
     model, optimizer, _ = private()
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    with pytest.raises(ConfigError, match="GradScaler"):
+        scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    (model(torch.randn(4, 3)).sum() * torch.ones(2, 2)[0, 0].requires_grad_()).backward()  # not to be read
     with pytest.raises(ConfigError, match="GradScaler"):
         scaler.step(optimizer)
 

@@ -134,6 +134,11 @@ class MemberCapture:
             lambda k: tuple(x[k] if own and isinstance(x, Tensor) else x for x in inputs), ensemble.randomness
         )
 
+    @property
+    def once(self) -> bool:
+        """See `psgrad.capture.Consumer`."""
+        return self._consumer.once
+
     def _check(self) -> None:
         refuse_changed(self._trainable, trainable_of(self._ensemble))
 
@@ -189,6 +194,11 @@ class _Part:
     def __init__(self, whole: MemberCapture, take: Callable[[Contribution], None]) -> None:
         self._whole = whole
         self._take = take
+
+    @property
+    def once(self) -> bool:
+        """See `psgrad.capture.Consumer`."""
+        return self._whole.once
 
     def add(self, contribution: Contribution) -> None:
         """Take a contribution; part of `backward`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from psgrad.capture import Consumer
 from psgrad.capture.captured_call import told
-from psgrad.capture.recorder import Recorder
+from psgrad.capture.recorder import ForwardCall, Recorder
 from psgrad.capture.trial import other_numbers_of_samples
 from psgrad.ensemble.execution import Execution, values_of
 from psgrad.ensemble.interpreter import FoldedGraph
@@ -142,9 +142,12 @@ class FoldedCapture:
 
         members, x_layout, layout = x.members, x.layout, out.layout  # no tensor: autograd holds them
 
+        this = ForwardCall()
+
         def record(x: Tensor, g: Tensor) -> None:
             pair = Value(x, x_layout, members), Value(g, layout, members)
-            self._recorder.record(MemberUse(path, rule, layer, *pair, self._rows_per_sample, wanted))
+            use = MemberUse(path, rule, layer, *pair, self._rows_per_sample, wanted)
+            self._recorder.record(use, this)
 
         tensor = told(record, path, self._anchor, x.tensor, out.tensor)
         return Computed(Value(tensor, layout, members), computed.strategy, computed.why)
