@@ -101,18 +101,22 @@ class Learning:
     def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
         """Return paths of what must run in a region around it."""
         self._inputs.forget()
+        failed: Exception | None = None
         for some_args, some_kwargs, some in other_numbers_of_samples(
             args, kwargs, rows, self._rows_per_sample
         ):
             self._inputs.begin(some)
             try:
                 elsewhere = self._used_elsewhere(run, some_args, some_kwargs, some)
-            except Exception:
-                if multiples := self._inputs.multiples():
-                    return multiples
-                raise
+            except Exception as error:  # whatever a model may raise; the other trial may tell why
+                if around := self._inputs.multiples() or self._inputs.partly_batched():
+                    return around
+                failed = error
+                continue
             if elsewhere or not self._inputs.seen:
                 return elsewhere
+        if failed is not None:
+            raise failed
         return self._inputs.grown()
 
     def _used_elsewhere(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:

@@ -69,6 +69,15 @@ class RegionInputs:
             )
         ]
 
+    def partly_batched(self) -> list[str]:
+        """Regions of the last trial with one input that is the batch, and another that may be: time first."""
+        trial = self._trials[-1]
+        return [
+            path
+            for path, by_position in trial.seen.items()
+            if {trial.rows} in by_position.values() and any(n != {trial.rows} for n in by_position.values())
+        ]
+
     def grown(self) -> list[str]:
         """Regions with an input that grew from the first trial to the last, but not as the batch did."""
         first, last = self._trials[0], self._trials[-1]
