@@ -1,4 +1,4 @@
-"""What all layers of a step ask about the factors of its samples, looked up once."""
+"""What a weighted sum asks about the factors of its samples, looked up once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["are_ones", "remove_some"]
+__all__ = ["are_ones", "forget", "remove_some"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,14 @@ def remove_some(factors: Tensor) -> bool:
     return factors.is_cuda or _look(factors).some_zero
 
 
+def forget() -> None:
+    """Look anew at whatever comes next: not every change of values leaves a trace (NumPy's, `.data`)."""
+    _last.known = None
+
+
 def _look(factors: Tensor) -> _Known:
+    if factors.is_inference():  # which counts no versions
+        return _found(factors)
     known = _last.known
     if known is None or known.factors() is not factors or known.version != factors._version:
         known = _last.known = _found(factors)
@@ -44,7 +51,7 @@ def _look(factors: Tensor) -> _Known:
 
 
 def _found(factors: Tensor) -> _Known:
-    at = weakref.ref(factors), factors._version
+    at = weakref.ref(factors), 0 if factors.is_inference() else factors._version
     if not factors.numel():
         return _Known(*at, ones=True, some_zero=False)
     low, high = (float(end) for end in factors.aminmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -62,7 +63,7 @@ def measure(problem: WeightGradProblem, verb: Verb) -> Plan:
         return plan
     key = _key(problem, verb)
     seconds = _CHOICES.get(key)
-    if seconds is None or not set(seconds) <= set(plan.seconds):
+    if not seconds or not set(seconds) <= set(plan.seconds):
         seconds = _time(plan)
         _CHOICES.put(key, seconds)
     fastest = min(seconds, key=lambda name: seconds[name])
@@ -74,8 +75,12 @@ def _time(plan: Plan) -> dict[str, float]:
     """Seconds of each candidate, the least of interleaved rounds."""
     p = plan.problem
     rows = p.samples * p.rows_per_sample
-    x = torch.randn(rows, p.groups * p.in_per_group, *p.input_size, device=p.device).to(p.dtype)
-    grad = torch.randn(rows, p.groups * p.out_per_group, *p.output_size, device=p.device).to(p.dtype)
+    own = torch.Generator(p.device).manual_seed(0)  # a seeded run does not depend on what is in the file
+    sizes = (
+        (rows, p.groups * p.in_per_group, *p.input_size),
+        (rows, p.groups * p.out_per_group, *p.output_size),
+    )
+    x, grad = (torch.randn(size, device=p.device, generator=own).to(p.dtype) for size in sizes)
     limit = WORTH_TIMING * min(plan.seconds.values())
     names = [name for name, seconds in plan.seconds.items() if seconds <= limit]
     best = dict.fromkeys(names, float("inf"))
@@ -158,13 +163,16 @@ class _Choices:
             content = json.loads(path.read_text())
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']}, not {SCHEMA}")
-            return {
+            found = {
                 str(key): {str(name): float(seconds) for name, seconds in entry.items()}
                 for key, entry in content["seconds"].items()
             }
+            if not all(0 <= s < math.inf for entry in found.values() for s in entry.values()):
+                raise ValueError("a time that is none")
+            return found
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
             warnings.warn(f"{path} is passed over: {err}", stacklevel=2)
             return {}
 

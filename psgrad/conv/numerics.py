@@ -74,9 +74,9 @@ def weighted(factors: Tensor, grads: Tensor) -> Tensor:
 
 
 class RunningSum:
-    """`sum_n factors[n] * grads[n]`, of gradients that come a few at a time, all in one order of memory.
+    """`sum_n factors[n] * grads[n]`, of gradients that come a few at a time.
 
-    Kept in float32 at least, in the order in which the gradients lie.
+    Kept in float32 at least, in the order in which the first gradients lie in memory.
 
     Parameters
     ----------
@@ -92,8 +92,8 @@ class RunningSum:
         self._shape: torch.Size = torch.Size()
 
     def add(self, grads: Tensor, factors: Tensor) -> None:
-        """Take some more: `[n, *shape]`, dense, and `[n]` of their dtype."""
-        self._order = memory_order(grads)
+        """Take some more: `[n, *shape]`, and `[n]` of their dtype."""
+        self._order = self._order or memory_order(grads)
         ordered = grads.permute(0, *self._order)
         self._shape, rows = ordered.shape[1:], ordered.flatten(1)
         wide = accumulation_dtype(self._dtype)

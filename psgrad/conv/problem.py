@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.errors import ShapeError
+from psgrad.errors import ShapeError, StrategyError
 
 __all__ = ["WeightGradProblem", "normalise", "problem_of"]
 
@@ -131,6 +131,8 @@ def normalise(
     ------
     ShapeError
         If anything does not fit; the message has the shapes.
+    StrategyError
+        For complex numbers and integers.
 
     """
     form = _form_of(x, grad_output, weight_shape, geometry, rows_per_sample)
@@ -200,6 +202,8 @@ def _normal_form(
     if x_kind != grad_kind:
         kinds = "x is {} on {}, grad_output {} on {}".format(*x_kind, *grad_kind)
         raise ShapeError(f"{kinds}; cast one")
+    if not x_kind[0].is_floating_point:
+        raise StrategyError(f"no strategy computes in {x_kind[0]}: weight gradients are of floating point")
     rows = x_shape[0]
     if rows_per_sample < 1 or rows % rows_per_sample:
         raise ShapeError(f"{rows} rows are not a multiple of rows_per_sample={rows_per_sample}")

@@ -47,7 +47,8 @@ def scratch(purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     blocks = _blocks.by_purpose
     block = blocks.get((purpose, like.dtype))
     if block is None or block.numel() < size:
-        block = blocks[purpose, like.dtype] = torch.empty(size, dtype=like.dtype)
+        with torch.inference_mode(False):  # it outlives the mode, and whatever device is the default
+            block = blocks[purpose, like.dtype] = torch.empty(size, dtype=like.dtype, device="cpu")
     return block[:size].view(shape)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from psgrad.conv.at_once import sq_norms_and_sum
 from psgrad.conv.choice import plan_within, resolve
+from psgrad.conv.factors import forget
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel, worth_cropping
 from psgrad.conv.numerics import accumulation_dtype
@@ -29,7 +32,27 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _verb(compute: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients, and in the dtype of the operands, whatever autocast is on."""
+
+    @wraps(compute)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        x = args[0] if args else kwargs["x"]
+        assert isinstance(x, Tensor)
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(x.device.type):
+                return compute(*args, **kwargs)
+            with torch.autocast(x.device.type, enabled=False):
+                return compute(*args, **kwargs)
+
+    return run
+
+
+@_verb
 def weight_grads(
     x: Tensor,
     grad_output: Tensor,
@@ -89,7 +112,7 @@ def weight_grads(
     return live.embed(grads)
 
 
-@torch.no_grad()
+@_verb
 def kept_weight_grads(
     x: Tensor,
     grad_output: Tensor,
@@ -107,7 +130,7 @@ def kept_weight_grads(
     return live.embed(grads)
 
 
-@torch.no_grad()
+@_verb
 def weight_grad_sq_norms(
     x: Tensor,
     grad_output: Tensor,
@@ -140,7 +163,7 @@ def weight_grad_sq_norms(
     return resolve(strategy, problem, "sq_norms").sq_norms(x, grad_output, problem)
 
 
-@torch.no_grad()
+@_verb
 def weight_grad_sq_norms_and_sum(
     x: Tensor,
     grad_output: Tensor,
@@ -192,7 +215,7 @@ def _within_budget(
     return result
 
 
-@torch.no_grad()
+@_verb
 def weighted_weight_grad(
     x: Tensor,
     grad_output: Tensor,
@@ -230,6 +253,7 @@ def weighted_weight_grad(
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)
     if factors.shape != (problem.samples,):
         raise ShapeError(f"factors {tuple(factors.shape)} for {problem.samples} samples")
+    forget()
     if problem.samples == 0:
         return x.new_zeros(problem.weight_shape)
     return weighted_sum(x, grad_output, problem, factors, memory_budget)

@@ -7,11 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psgrad.conv import ConvGeometry, clipping_keeps_grads, plan, sum_planner, weighted, weighted_weight_grad
+from psgrad.conv import (
+    ConvGeometry,
+    clipping_keeps_grads,
+    plan,
+    sum_planner,
+    weight_grads,
+    weighted,
+    weighted_weight_grad,
+)
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES
 from psgrad.conv.sum_planner import ONCE, plan_sum
 from psgrad.errors import ConfigError, StrategyError
+from tests.conv.test_strategies import set_budget
 from tests.problems import ConvProblem, conv_problems
 
 # channels, size, kernel, stride, padding, groups, what is chosen
@@ -132,3 +141,24 @@ def test_gradients_are_added_up_in_chunks_and_in_wide_numbers() -> None:
 
 def test_an_empty_batch_has_a_plan() -> None:
     assert str(plan(*arguments("3x3", samples=0), "weighted_sum"))
+
+
+@pytest.mark.parametrize("removed", [[], [0], [5, 6], [31]])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("gram", "triton", "correlate")])
+def test_removed_samples_among_many_chunks(
+    name: str, removed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk with a removed sample is a copy, in another order of memory than the others."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(32, 8, 16, 16), torch.randn(32, 32, 16, 16)
+    factors = torch.rand(32)
+    factors[removed] = 0
+    operands = x, grad, (32, 8, 3, 3), ConvGeometry((3, 3), padding=1)
+    expected = torch.einsum("n,n...->...", factors, weight_grads(*operands))
+    x[removed] = torch.nan
+    set_budget(monkeypatch, 2**17)
+    *tensors, normal = normalise(*operands)
+    assert len(list(STRATEGIES[name].kept_in_chunks(*tensors, normal))) > 1
+    got = STRATEGIES[name].weighted_sum(*tensors, normal, factors)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(weighted_weight_grad(*operands, factors), expected, rtol=1e-4, atol=1e-3)

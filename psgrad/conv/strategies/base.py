@@ -143,6 +143,8 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     p, rank = problem, len(problem.input_size)
     if p.device.type == "cuda":
         return 3.0
+    if p.weight_numel == 0:
+        return 1.0
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
     slowdown = 2.0 if rank == 1 else 1.0
