@@ -1,8 +1,7 @@
 """The first run of every graph, against members that run alone: outputs, buffers and gradients.
 
-A graph can differ from what it was traced from in ways that tracing does not show (a `torch.no_grad` block
-in the forward pass, an `isinstance` that a proxy fails). It is used only after the first and the last member
-have been found to agree with it.
+A graph can differ from what it was traced from in ways that tracing does not show (an `isinstance` that a
+proxy fails). It is used only after the first and the last member have been found to agree with it.
 """
 
 from __future__ import annotations
@@ -102,10 +101,13 @@ def _gradients_differ(
     norms = [0.0 if g is None else float(g.norm()) for g in theirs]
     least = _NEGLIGIBLE * max(norms)
     for name, grad, reference, norm in zip(names, ours, theirs, norms, strict=True):
-        size = 0.0 if grad is None else float(grad[k].norm())
-        if max(size, norm) <= least:
+        if (grad is None) != (reference is None):
+            return (
+                f"folded, {name} of member {k} has a gradient where it has none alone, or the other way round"
+            )
+        if grad is None or reference is None or max(float(grad[k].norm()), norm) <= least:
             continue
-        if grad is None or reference is None or _differs(grad[k], reference):
+        if _differs(grad[k], reference):
             return f"folded, the gradient of {name} of member {k} differs from the member alone"
     return None
 

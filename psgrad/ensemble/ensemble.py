@@ -7,13 +7,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from psgrad.capture import Consumer
 from psgrad.capture.shadow import is_shadowed
+from psgrad.ensemble.alone import refuse_changed, versions
 from psgrad.ensemble.eager import KeptBlocks, eager_losses
 from psgrad.ensemble.execution import Execution
-from psgrad.ensemble.losses import member_losses
+from psgrad.ensemble.loop import hold_members
+from psgrad.ensemble.losses import member_losses, stacked_losses
 from psgrad.ensemble.members import member_of, stack_members, tensors_of
+from psgrad.ensemble.own import part_of
 from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
@@ -145,8 +149,9 @@ class Ensemble(nn.Module):
         Parameters
         ----------
         *inputs
-            The member's positional arguments. Tensors are `[N, ...]`, the same for all members; with `own`
-            `[K, N, ...]`, every member its own. What is no tensor goes to every member.
+            The member's positional arguments, tensors or trees of them (tuples, lists, dicts). Tensors are
+            `[N, ...]`, the same for all members; with `own` `[K, N, ...]`, every member its own. What is no
+            tensor goes to every member.
         own
             Whether the tensors have the member axis in front. Never guessed from a shape.
 
@@ -159,6 +164,9 @@ class Ensemble(nn.Module):
         ------
         ShapeError
             If `own` and a tensor's first axis is not K.
+        MemberError
+            If members return what cannot be stacked, or what one's forward pass leaves behind would reach the
+            next: a plain attribute, an input changed in place.
 
         """
         self.check_own(inputs, own)
@@ -178,7 +186,7 @@ class Ensemble(nn.Module):
         x
             Input, `[N, ...]`, or with `own` `[K, N, ...]`; a tuple for a member with several.
         y
-            Targets, `[N, ...]`, or with `own` `[K, N, ...]`.
+            Targets, `[N, ...]`, or with `own` `[K, N, ...]`; a tree of them where `fn` takes one.
         own
             Whether x and y have the member axis in front.
 
@@ -193,27 +201,36 @@ class Ensemble(nn.Module):
             If `fn` does not return a scalar, or as for `forward`.
         ConfigError
             If members are clipped, and `fn` is not the mean or the sum that was said.
+        MemberError
+            If what one member's forward pass leaves behind would reach the next.
 
         """
         inputs = x if isinstance(x, tuple) else (x,)
         self.check_own((y, *inputs), own)
         captured = is_shadowed(self)  # then gradients are not to be taken before the backward pass
         members, randomness = self.members, self.randomness
-        why = None if captured else self.execution.refusal(inputs, own, members)
-        if why is not None and torch.is_grad_enabled():
+        why = None if captured else self.execution.settled(inputs, own, members, randomness)
+        if why is not None:
             stacked = self.stacked
 
             def compute(k: int) -> Tensor:
                 if not own:
                     return fn(stacked(*inputs), y)
-                return fn(stacked(*[_part(value, k) for value in inputs]), _part(y, k))
+                return fn(stacked(*[part_of(value, k) for value in inputs]), part_of(y, k))
 
             self.execution.note_loop(members, why)
-            single = self.single.loss(compute, randomness) if members == 1 else None
+            recorded = torch.is_grad_enabled()
+            single = self.single.loss(compute, randomness) if members == 1 and recorded else None
             if single is not None:
                 return single
-            if not _scales_losses():
-                return eager_losses(stacked, compute, randomness, self.kept)
+            before = versions((y, *inputs))
+            if recorded and not _scales_losses():
+                losses = eager_losses(stacked, compute, randomness, self.kept)
+            else:
+                losses = stacked_losses(hold_members(stacked, compute, members, randomness))
+            if members > 1:
+                refuse_changed(before, (y, *inputs))
+            return losses
         outputs = self(*inputs, own=own)
         judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)
@@ -320,16 +337,12 @@ class Ensemble(nn.Module):
         if not own:
             return
         members = self.members
-        for value in inputs:
+        for value in tree_leaves(inputs):
             if isinstance(value, Tensor) and value.shape[:1] != (members,):
                 raise ShapeError(
                     f"own data of {members} members is [K, N, ...] with K = {members}, got"
                     f" {tuple(value.shape)}. Data that all members share goes without own."
                 )
-
-
-def _part(value: Any, k: int) -> Any:
-    return value[k] if isinstance(value, Tensor) else value
 
 
 def _scales_losses() -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.ensemble.alone import refuse_changed, refuse_leaks, versions
 from psgrad.ensemble.check import check_against_alone
 from psgrad.ensemble.interpreter import FoldedGraph, RunLayer
 from psgrad.ensemble.loop import call_members, stacked_results
+from psgrad.ensemble.own import part_of
 from psgrad.ensemble.plan import EnsemblePlan, Step
 from psgrad.ensemble.randomness import MemberRandomness, without_trace
 from psgrad.ensemble.trace import trace_key, trace_member
@@ -68,17 +70,24 @@ class Execution:
         return self._last
 
     def refusal(self, inputs: Sequence[Any], own: bool, members: int, most: int | None = None) -> str | None:
-        """Why these inputs run member after member; None if folded, or if that is still to be checked."""
-        if self.strategy == "loop":
-            return "asked for"
-        if members == 1 and self.strategy == "auto":
-            return "one member: there is nothing to fold"
-        if not all(isinstance(value, Tensor) for value in inputs):
-            return "an input is no tensor"
-        key = self._key(inputs, members)
+        """Why these inputs run member after member; None if folded, or if that is still to be checked.
+
+        Raises
+        ------
+        MemberError
+            If what a member's forward pass leaves behind would reach the next member.
+
+        """
+        if members == 1 and self.strategy != "folded":
+            return "asked for" if self.strategy == "loop" else "one member: there is nothing to fold"
+        return self._refusal(self._key(inputs, members), inputs, own, members, most)
+
+    def _refusal(
+        self, key: Hashable, inputs: Sequence[Any], own: bool, members: int, most: int | None
+    ) -> str | None:
         if key not in self._graphs:
-            graph = trace_member(self.stacked, len(inputs))
-            self._graphs[key] = graph if isinstance(graph, str) else FoldedGraph(self.stacked, graph, members)
+            refuse_leaks(self.stacked, inputs, own)
+            self._graphs[key] = self._new_graph(inputs, members)
         graph_or_why = self._graphs[key]
         if isinstance(graph_or_why, str):
             return graph_or_why
@@ -90,17 +99,39 @@ class Execution:
             return "no sample yet to check a folded run by"
         return None
 
+    def _new_graph(self, inputs: Sequence[Any], members: int) -> FoldedGraph | str:
+        if self.strategy == "loop":
+            return "asked for"
+        if not all(isinstance(value, Tensor) for value in inputs):
+            return "an input is no tensor"
+        graph = trace_member(self.stacked, len(inputs))
+        return graph if isinstance(graph, str) else FoldedGraph(self.stacked, graph, members)
+
     def checked(
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
     ) -> FoldedGraph | str:
         """The graph by which these inputs run captured, or why they do not; a new one is run and checked."""
-        why = self.refusal(inputs, own, members, _CAPTURED_ELEMENTS)
+        why = self.settled(inputs, own, members, randomness, _CAPTURED_ELEMENTS)
+        return self._graphs[self._key(inputs, members)] if why is None else why
+
+    def settled(
+        self,
+        inputs: Sequence[Any],
+        own: bool,
+        members: int,
+        randomness: MemberRandomness,
+        most: int | None = None,
+    ) -> str | None:
+        """As `refusal`, after a new graph is run and checked, without a trace."""
+        if members == 1 and self.strategy != "folded":
+            return self.refusal(inputs, own, members)
         key = self._key(inputs, members)
+        why = self._refusal(key, inputs, own, members, most)
         if why is None and key not in self._measures:
             with without_trace(self.stacked, randomness):
-                self.run(inputs, own, members, randomness)
-            why = self.refusal(inputs, own, members, _CAPTURED_ELEMENTS)
-        return self._graphs[key] if why is None else why
+                self._first(key, inputs, own, members, randomness)
+            why = self._refusal(key, inputs, own, members, most)
+        return why
 
     def run_folded(
         self,
@@ -124,26 +155,30 @@ class Execution:
         if why is not None:
             return self._loop(inputs, own, members, randomness, why)
         key = self._key(inputs, members)
+        if key not in self._measures:
+            found, result = self._first(key, inputs, own, members, randomness)
+            return result if found is None else self._loop(inputs, own, members, randomness, found)
         folded, values = self._graphs[key], values_of(inputs, own, members)
         assert isinstance(folded, FoldedGraph)
-        if key not in self._measures:
-            return self._first(key, folded, values, inputs, own, randomness)
         return self.run_folded(folded, values, randomness, None)
 
     def _key(self, inputs: Sequence[Any], members: int) -> Hashable:
-        return len(inputs), members, trace_key(self.stacked)
+        kinds = tuple(map(type, inputs))
+        if self.strategy == "loop":  # there is no graph
+            return kinds, members, torch.is_grad_enabled(), self.stacked.training
+        return kinds, members, trace_key(self.stacked)
 
     def _first(
         self,
         key: Hashable,
-        folded: FoldedGraph,
-        values: Sequence[Value],
         inputs: Sequence[Tensor],
         own: bool,
+        members: int,
         randomness: MemberRandomness,
-    ) -> Any:
-        """Run a new graph, and members alone beside it; the loop if they differ."""
-        members = folded.members
+    ) -> tuple[str | None, Any]:
+        """Run a new graph, and members alone beside it: why it is not to be used, or None and its result."""
+        folded, values = self._graphs[key], values_of(inputs, own, members)
+        assert isinstance(folded, FoldedGraph)
         buffers = {name: b.detach().clone() for name, b in self.stacked.named_buffers()}
         states = list(randomness.states)
         try:
@@ -157,14 +192,13 @@ class Execution:
             slower = self._slower(key, values)  # from the next call on; this one is done
             steps = tuple(folded.steps) if slower is None else self._whole(slower)
             self._last = EnsemblePlan(members, steps, slower)
-            return result
+            return None, result
         with torch.no_grad():
             for name, buffer in self.stacked.named_buffers():
                 buffer.copy_(buffers[name])
         randomness.set_states(states)
-        result = self._loop(inputs, own, members, randomness, found)
         self._graphs[key] = found
-        return result
+        return found, None
 
     def _slower(self, key: Hashable, values: Sequence[Value], most: int | None = None) -> str | None:
         """Why members one after the other are estimated to be faster; None if they are not.
@@ -200,10 +234,14 @@ class Execution:
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, why: str
     ) -> Any:
         self.note_loop(members, why)
-        parts = [x.unbind() if own and isinstance(x, Tensor) else (x,) * members for x in inputs]
-        results = call_members(
-            self.stacked, members, lambda k: (tuple(part[k] for part in parts), {}), randomness
-        )
+        before = versions(inputs)
+
+        def args_of(k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return tuple(part_of(x, k) if own else x for x in inputs), {}
+
+        results = call_members(self.stacked, members, args_of, randomness)
+        if members > 1:
+            refuse_changed(before, inputs)
         return stacked_results(results)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -24,8 +24,13 @@ def _elementwise(function: Callable[..., Any]) -> Rule:
     def rule(_: MemberRandomness, *args: Any, **kwargs: Any) -> Computed | str:
         kwargs.pop("inplace", None)
         values = [a for a in args if isinstance(a, Value)]
-        if any(isinstance(a, Value) for a in kwargs.values()) or "out" in kwargs:
+        if any(isinstance(a, Value | Tensor) for a in kwargs.values()):
             return "a tensor is given by name"
+        # plain tensors, the same for all members, have to be aligned as the values are
+        if any(isinstance(a, Tensor) and a.ndim for a in args):
+            members = values[0].members
+            args = tuple(Value.shared(a, members) if isinstance(a, Tensor) and a.ndim else a for a in args)
+            values = [a for a in args if isinstance(a, Value)]
         members, rank = values[0].members, max(value.rank for value in values)
         if all(value.layout is Layout.SHARED for value in values):
             out = function(*(a.tensor if isinstance(a, Value) else a for a in args), **kwargs)

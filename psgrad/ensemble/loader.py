@@ -166,12 +166,11 @@ class _Stream:
         self.items = items
         self.generator = torch.Generator().manual_seed(seed)
         self.sample = torch.randint(items, (items,), generator=self.generator) if bootstrap else None
-        self.order = torch.empty(0, dtype=torch.long)
 
-    def shuffle(self) -> None:
+    def shuffled(self) -> Tensor:
         """Draw the order of an epoch."""
         order = torch.tensor(list(RandomSampler(range(self.items), generator=self.generator)))
-        self.order = order if self.sample is None else self.sample[order]
+        return order if self.sample is None else self.sample[order]
 
 
 class _Batches(Sampler[Tensor]):
@@ -185,10 +184,9 @@ class _Batches(Sampler[Tensor]):
         return len(self.spans)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for stream in self.streams:
-            stream.shuffle()
+        orders = {stream: stream.shuffled() for stream in self.streams}
         for span in self.spans:
-            yield torch.stack([stream.order[span] for stream in self.streams])
+            yield torch.stack([orders[stream][span] for stream in self.streams])
 
 
 class _Rows(Dataset[Any]):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from psgrad.ensemble.loop import loop_members
+from psgrad.ensemble.own import part_of
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
 
-__all__ = ["member_losses"]
+__all__ = ["member_losses", "stacked_losses"]
 
 _IGNORED = -100  # PyTorch's default ignore_index
 
@@ -42,9 +42,27 @@ def member_losses(
     except Exception:  # what vmap cannot do; alone, fn raises what is its own
         losses = torch.stack(
             loop_members(
-                lambda k: fn(_part(outputs, k), _part(targets, k) if own else targets), members, randomness
+                lambda k: fn(part_of(outputs, k), part_of(targets, k) if own else targets),
+                members,
+                randomness,
             )
         )
+    return _scalars(losses)
+
+
+def stacked_losses(losses: Sequence[Tensor]) -> Tensor:
+    """`[K]` of K losses.
+
+    Raises
+    ------
+    ShapeError
+        If one is no scalar.
+
+    """
+    return _scalars(torch.stack(tuple(losses)))
+
+
+def _scalars(losses: Tensor) -> Tensor:
     if losses.ndim != 1:
         raise ShapeError(f"the loss must be a scalar, a member's is {tuple(losses.shape[1:])}")
     return losses
@@ -55,7 +73,3 @@ def _is_cross_entropy(fn: Callable[..., Any]) -> bool:
         plain = fn.weight is None and fn.label_smoothing == 0 and fn.reduction == "mean"
         return plain and fn.ignore_index == _IGNORED
     return fn is F.cross_entropy
-
-
-def _part(tree: Any, k: int) -> Any:
-    return tree_map(lambda value: value[k] if isinstance(value, Tensor) else value, tree)

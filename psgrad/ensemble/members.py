@@ -5,17 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from psgrad.ensemble.alike import Comparison, class_name
 from psgrad.errors import MemberError
 
-__all__ = ["Held", "Slots", "check_members", "member_of", "stack_members", "tensors_of", "with_tensors"]
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+__all__ = [
+    "Held",
+    "Slots",
+    "changed_settings",
+    "check_members",
+    "member_of",
+    "stack_members",
+    "tensors_of",
+    "with_tensors",
+]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -63,16 +73,18 @@ class Slots:
         """Whether the module still has these modules, parameters and buffers, and no others."""
         return list(map(len, self._tables)) == self._sizes and self._found() == self._ids
 
-    def holding(self, parts: Mapping[Tensor, Tensor]) -> Held:
+    def holding(self, parts: Mapping[Tensor, Tensor], assigned: dict[Tensor, Tensor] | None = None) -> Held:
         """Return a block, to be entered as often as one likes, in which every slot holds its tensor's part.
 
         Parameters
         ----------
         parts
             Of every stacked tensor.
+        assigned
+            As for `Held`.
 
         """
-        return Held([(table, name, tensor, parts[tensor]) for table, name, tensor in self._slots])
+        return Held([(table, name, tensor, parts[tensor]) for table, name, tensor in self._slots], assigned)
 
 
 class Held:
@@ -84,6 +96,8 @@ class Held:
     ----------
     places
         Table, name, the tensor that stands there, the one that stands there inside.
+    assigned
+        Takes by part what was assigned in its place, which is then not copied: autograd may need the part.
 
     Raises
     ------
@@ -93,8 +107,13 @@ class Held:
 
     """
 
-    def __init__(self, places: Sequence[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        places: Sequence[tuple[dict[str, Any], str, Tensor, Tensor]],
+        assigned: dict[Tensor, Tensor] | None = None,
+    ) -> None:
         self._places = places
+        self._assigned = assigned
 
     def __enter__(self) -> None:
         for table, name, _, part in self._places:
@@ -105,14 +124,18 @@ class Held:
             if kind is None:
                 for table, name, tensor, part in self._places:
                     if table.get(name) is not part:
-                        _take(table.get(name), part, name, isinstance(tensor, nn.Parameter))
+                        found = _fitting(table.get(name), part, name, isinstance(tensor, nn.Parameter))
+                        if self._assigned is None:
+                            part.detach().copy_(found)
+                        else:
+                            self._assigned[part] = found
         finally:
             for table, name, tensor, _ in self._places:
                 table[name] = tensor
 
 
-def _take(assigned: Tensor | None, part: Tensor, name: str, is_parameter: bool) -> None:
-    """Copy what forward assigned to the name of a part into the part.
+def _fitting(assigned: Tensor | None, part: Tensor, name: str, is_parameter: bool) -> Tensor:
+    """Return what forward assigned to the name of a part.
 
     Raises
     ------
@@ -127,8 +150,7 @@ def _take(assigned: Tensor | None, part: Tensor, name: str, is_parameter: bool) 
             " members cannot hold: change it in place"
         )
     assert assigned is not None
-    with torch.no_grad():
-        part.copy_(assigned)
+    return assigned.detach()
 
 
 def stack_members(modules: Sequence[nn.Module]) -> nn.Module:
@@ -175,6 +197,18 @@ def with_tensors(
     return other
 
 
+def _refuse_computed(module: nn.Module, k: int) -> None:
+    for path, layer in module.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                name = getattr(hook, "name", getattr(hook, "_tensor_name", "weight"))
+                raise MemberError(
+                    f"{f'{path}.{name}'.lstrip('.')} of member {k} is computed by a hook"
+                    f" ({type(hook).__name__}), which members cannot share: use weight_norm or spectral_norm"
+                    " of torch.nn.utils.parametrizations, or after pruning prune.remove"
+                )
+
+
 def check_members(modules: Sequence[nn.Module]) -> None:
     """Refuse modules that are not K separate modules alike in all but the values of their tensors.
 
@@ -191,6 +225,7 @@ def check_members(modules: Sequence[nn.Module]) -> None:
     for k, module in enumerate(modules):
         if not isinstance(module, nn.Module):
             raise MemberError(f"member {k} is a {type(module).__name__}, not an nn.Module")
+        _refuse_computed(module, k)
         for path, parameter in module.named_parameters():
             other, other_path = owners.setdefault(id(parameter), (k, path))
             if other != k:
@@ -206,12 +241,26 @@ def check_members(modules: Sequence[nn.Module]) -> None:
         _check_alike(modules[0], module, k)
 
 
+def changed_settings(module: nn.Module, other: nn.Module) -> list[str]:
+    """Paths of what two modules of one structure hold besides tensors and modules, and hold differently."""
+    ours, theirs = _settings(module), _settings(other)
+    comparison = Comparison(_counterparts(module, other))
+    return [path for path in {**ours, **theirs} if not comparison.alike(ours.get(path), theirs.get(path))]
+
+
+def _counterparts(first: nn.Module, other: nn.Module) -> Iterator[tuple[object, object]]:
+    yield from zip(first.modules(), other.modules(), strict=False)
+    ours, theirs = tensors_of(first), tensors_of(other)
+    yield from ((ours[path], theirs[path]) for path in ours if path in theirs)
+
+
 def _check_alike(first: nn.Module, other: nn.Module, k: int) -> None:
+    comparison = Comparison(_counterparts(first, other))
     for what, of in _FACTS:
         ours, theirs = of(first), of(other)
         for path in [*ours, *(path for path in theirs if path not in ours)]:
             a, b = ours.get(path, "absent"), theirs.get(path, "absent")
-            if not _same(a, b):
+            if not comparison.alike(a, b):
                 raise MemberError(
                     f"members 0 and {k} differ in {what} of {path or 'the module itself'}: {a} and {b}."
                     " Members of one ensemble are alike in all but the values of their tensors."
@@ -219,12 +268,7 @@ def _check_alike(first: nn.Module, other: nn.Module, k: int) -> None:
 
 
 def _classes(module: nn.Module) -> dict[str, Any]:
-    return {path: _class_name(m) for path, m in module.named_modules(remove_duplicate=False)}
-
-
-def _class_name(value: Any) -> str:
-    """By name: a class that is made anew each time (in a factory, by a parametrization) is the same one."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return {path: class_name(m) for path, m in module.named_modules(remove_duplicate=False)}
 
 
 def _modes(module: nn.Module) -> dict[str, Any]:
@@ -254,8 +298,15 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         f"{path}.{name}".lstrip("."): len(value) if "hooks" in name else value
         for path, m in module.named_modules()
         for name, value in vars(m).items()
-        if name != "training" and (name not in nn.Module().__dict__ or "hooks" in name)
+        if name not in _NO_SETTINGS
     }
+
+
+_NO_SETTINGS = {name for name in vars(nn.Module()) if "hooks" not in name}
+_NO_SETTINGS |= {
+    "_flat_weights",
+    "_flat_weight_refs",
+}  # the parameters again, which `nn.LSTM` keeps up to date
 
 
 _FACTS: tuple[tuple[str, Callable[[nn.Module], dict[str, Any]]], ...] = (
@@ -265,17 +316,3 @@ _FACTS: tuple[tuple[str, Callable[[nn.Module], dict[str, Any]]], ...] = (
     ("the mode", _modes),
     ("the setting", _settings),
 )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if _class_name(a) != _class_name(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, FunctionType):
-        return a.__code__ == b.__code__
-    return a == b if isinstance(a, (*_PLAIN, type)) else True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["MemberRandomness", "given_back", "snapshot", "without_trace"]
+__all__ = ["GlobalStates", "MemberRandomness", "given_back", "snapshot", "without_trace"]
+
+
+class GlobalStates:
+    """Of the generators that everybody draws from: PyTorch's on the CPU, Python's and NumPy's."""
+
+    def __init__(self) -> None:
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+        self._numpy = None if numpy is None else numpy.random
+        self._state = None if self._numpy is None else self._numpy.get_state()
+
+    def put_back(self) -> bool:
+        """Put them where they were found; whether anything was drawn."""
+        drawn = not torch.equal(self._torch, torch.get_rng_state()) or self._python != random.getstate()
+        if self._numpy is not None:
+            drawn |= pickle.dumps(self._state) != pickle.dumps(self._numpy.get_state())
+            self._numpy.set_state(self._state)
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        return drawn
 
 
 @contextmanager

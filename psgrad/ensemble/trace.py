@@ -7,7 +7,6 @@ tracing, which would become a constant of the graph, fails there instead of bein
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import fx, nn
 
 from psgrad.ensemble.functions import IN_PLACE
 from psgrad.ensemble.members import tensors_of
+from psgrad.ensemble.randomness import GlobalStates
 
 __all__ = ["is_in_place", "trace_key", "trace_member"]
 
@@ -46,13 +46,48 @@ _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
 
 def trace_key(stacked: nn.Module) -> Hashable:
     """What the graph of a module depends on besides its inputs: modes, hooks, and the user's own settings."""
-    key: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()]
+    key: list[Any] = [_switches()]
     for module in stacked.modules():
         key.append((module.training, _has_hooks(module)))
         if not type(module).__module__.startswith("torch.nn."):
-            settings = vars(module).items()
-            key += [(name, value) for name, value in settings if isinstance(value, bool | int | float | str)]
+            key += [
+                (name, value if isinstance(value, _SCALARS) else _plain(value))
+                for name, value in vars(module).items()
+                if isinstance(value, _SETTINGS) and name not in _EVERY_MODULES
+            ]
     return tuple(key)
+
+
+_SCALARS = (bool, int, float, str)
+_SETTINGS = (*_SCALARS, dict, list, tuple)
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+_MOST = 1000  # what a longer container holds is looked at no more: it would cost every step
+
+
+def _plain(value: Any) -> Hashable:
+    """What the settings in a container are; of anything else nothing."""
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, dict | list | tuple) and len(value) <= _MOST:
+        return tuple(map(_plain, [*value, *value.values()] if isinstance(value, dict) else value))
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Stops where gradients or autocast are switched inside of forward, which a graph does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._switches = _switches()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _switches() != self._switches:
+            raise RuntimeError("gradients or autocast are switched inside of forward")
+        return super().create_node(*args, **kwargs)
+
+
+def _switches() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()
 
 
 def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
@@ -68,22 +103,21 @@ def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
         if hasattr(module, "parametrizations"):
             return f"{path or 'the module itself'} is parametrized"
     member = _on_meta(stacked)
-    before = {path: tensor._version for path, tensor in tensors_of(member).items()}
-    states = torch.get_rng_state(), random.getstate()
-    tracer = fx.Tracer()
+    tensors = tensors_of(member)
+    before = {path: tensor._version for path, tensor in tensors.items()}
+    states = GlobalStates()
     try:
-        graph = tracer.trace(_CALLS[inputs](member))
+        graph = _Tracer().trace(_CALLS[inputs](member))
     except Exception as error:  # whatever the user's forward raises on proxies
         return (
             f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
-    drew = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
+    finally:
+        drew = states.put_back()
     if drew:
         return "forward draws random numbers of its own"
     for path, tensor in tensors_of(member).items():
-        if tensor._version != before[path]:
+        if tensor is not tensors.get(path) or tensor._version != before[path]:
             return f"forward changes {path} itself"
     names = {n for n, _ in stacked.named_parameters(remove_duplicate=False)}
     names |= {n for n, _ in stacked.named_buffers(remove_duplicate=False)}
@@ -116,7 +150,7 @@ def _in_place_refusal(graph: fx.Graph, member: nn.Module) -> str | None:
         in_place = is_in_place(node, member)
         if node.op != "call_module" and not in_place and _looks_in_place(name):
             return f"the in-place {name} has no rule"
-        if "out" in node.kwargs:
+        if node.kwargs.get("out") is not None:
             return f"{name} writes into out="
         if not in_place:
             continue

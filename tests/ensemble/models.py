@@ -74,7 +74,7 @@ class Branching(nn.Module):
 
 
 class Silent(nn.Module):
-    """A `torch.no_grad` block, which a trace does not show."""
+    """A `torch.no_grad` block, which a graph does not hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +85,14 @@ class Silent(nn.Module):
         with torch.no_grad():
             x = self.first(x)
         return self.second(x)
+
+
+class Unseen(Silent):
+    """Stops gradients only where it is not traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        return self.second(out.detach() if isinstance(x, Tensor) else out)
 
 
 class View(nn.Module):
@@ -195,6 +203,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 LOOPED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "control flow": (Branching, rows),
     "no_grad block": (Silent, rows),
+    "gradients stopped unseen": (Unseen, rows),
     "changed through a view": (View, rows),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psgrad import ConfigError, MemberError, ShapeError
 from psgrad.ensemble import Ensemble
-from tests.ensemble.models import Silent
+from tests.ensemble.models import Unseen
 
 
 def small() -> nn.Module:
@@ -269,8 +269,8 @@ def test_an_index_beyond_the_table_reaches_no_other_members_rows() -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "folded"])
 def test_a_first_batch_without_samples_checks_nothing(strategy: str) -> None:
-    """`Silent` has a block without gradients, which its graph does not show: only the check finds it."""
-    ens = Ensemble.from_factory(Silent, range(2), strategy=strategy)
+    """`Unseen` stops gradients where its graph does not show it: only the check finds it."""
+    ens = Ensemble.from_factory(Unseen, range(2), strategy=strategy)
     assert ens(torch.randn(0, 4)).shape[:2] == (2, 0)
     assert "no sample" in str(ens.execution.last_plan.refusal)
     ens.loss(lambda out, y: out.sum(), torch.randn(0, 4), torch.zeros(0)).sum().backward()

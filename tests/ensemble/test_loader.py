@@ -118,3 +118,11 @@ def test_bad_data_seeds_and_members_are_refused() -> None:
         loader.member(3)
     with pytest.raises(MemberError, match="keep needs"):
         loader.keep([0, 0])
+
+
+def test_two_iterators_have_their_own_orders() -> None:
+    loader, other = (MemberLoader(tensors(), N, SEEDS) for _ in range(2))
+    expected = [[y for _, y in other] for _ in range(2)]
+    for (_, first), (_, second), a, b in zip(loader, loader, *expected, strict=True):
+        assert torch.equal(first, a)
+        assert torch.equal(second, b)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture import Consumer, Contribution
@@ -14,6 +14,7 @@ from psgrad.capture.recorder import not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
+from psgrad.ensemble.own import part_of
 from psgrad.ensemble.per_sample.folded import FoldedCapture
 from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
 from psgrad.errors import RefusedModelError, ShapeError
@@ -114,7 +115,7 @@ class MemberCapture:
         ensemble.check_own(inputs, own)
         self._check()
         refuse_mixing(ensemble.stacked)
-        of_first = tuple(x[0] if own and isinstance(x, Tensor) else x for x in inputs)
+        of_first = tuple(part_of(x, 0) if own else x for x in inputs)
         rows = first_rows(of_first, {})
         if not self._tried and rows and rows > self._rows_per_sample:
             self._looped.try_first(of_first)
@@ -131,7 +132,7 @@ class MemberCapture:
             return self._folded.run(graph, inputs, own, ensemble.randomness)
         ensemble.execution.note_loop(ensemble.members, graph)
         return self._looped.run(
-            lambda k: tuple(x[k] if own and isinstance(x, Tensor) else x for x in inputs), ensemble.randomness
+            lambda k: tuple(part_of(x, k) if own else x for x in inputs), ensemble.randomness
         )
 
     @property

@@ -1,0 +1,74 @@
+"""What a member's forward pass must not do, found by running one alone before members share a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from psgrad.ensemble.members import changed_settings, member_of, tensors_of
+from psgrad.ensemble.own import part_of
+from psgrad.ensemble.randomness import GlobalStates, given_back
+from psgrad.errors import MemberError
+
+__all__ = ["refuse_changed", "refuse_leaks", "versions"]
+
+
+def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
+    """Run a copy of member 0 and raise if its forward pass leaves anything that others would find.
+
+    Raises
+    ------
+    MemberError
+        If it sets plain attributes, makes buffers, or changes its inputs in place.
+
+    """
+    member = member_of(stacked, 0)
+    before, states = versions(inputs), GlobalStates()
+    try:
+        with given_back(), saved_tensors_hooks(Tensor.detach, lambda t: t):
+            member(*(part_of(value, 0) if own else value for value in inputs))
+    finally:
+        states.put_back()
+    refuse_changed(before, inputs)
+    made = set(tensors_of(member)) ^ set(tensors_of(stacked))
+    if made:
+        raise MemberError(
+            f"forward makes or removes {', '.join(sorted(made))}: register it as a tensor of its shape in"
+            " __init__, and change it in place"
+        )
+    changed = changed_settings(stacked, member)
+    if changed:
+        raise MemberError(
+            f"forward changes the plain attribute {', '.join(changed)}, which every member would find as the"
+            " one before left it: keep state in a registered buffer and change it in place, or return it"
+        )
+
+
+def versions(values: Sequence[Any]) -> list[int]:
+    """Return how often every tensor, or tensor of a tree, was changed in place."""
+    return [
+        leaf._version
+        for value in values
+        for leaf in ((value,) if isinstance(value, Tensor) else tree_leaves(value))
+        if isinstance(leaf, Tensor) and not leaf.is_inference()  # which has no version
+    ]
+
+
+def refuse_changed(before: Sequence[int], values: Sequence[Any]) -> None:
+    """Raise if a tensor, or one of a tree, was changed in place since.
+
+    Raises
+    ------
+    MemberError
+        As said.
+
+    """
+    if versions(values) != before:
+        raise MemberError(
+            "forward, or the loss, changes an input or a target in place, which the next member would get:"
+            " clone it before (x = x.clone())"
+        )
