@@ -44,7 +44,7 @@ def _verb(compute: Callable[P, R]) -> Callable[P, R]:
         x = args[0] if args else kwargs["x"]
         assert isinstance(x, Tensor)
         with torch.no_grad():
-            if not torch.is_autocast_enabled(x.device.type):
+            if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # meta tensors know no autocast
                 return compute(*args, **kwargs)
             with torch.autocast(x.device.type, enabled=False):
                 return compute(*args, **kwargs)
