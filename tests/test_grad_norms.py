@@ -175,10 +175,11 @@ def test_a_layer_that_is_called_once_more_counts_with_the_sum_of_its_calls():
                 torch.testing.assert_close(p.grad, ordinary[path][0])
 
 
+@pytest.mark.parametrize("samples", [1, 7])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [None, "weight", "bias"])
 @pytest.mark.parametrize("sizes", [(2, 40, 3), (6, 5, 4), (64, 3, 65)])  # the last two: by Gram matrices
-def test_norms_and_sum_of_a_linear_layer(bias, frozen, sizes):
+def test_norms_and_sum_of_a_linear_layer(samples, bias, frozen, sizes):
     inputs, positions, outputs = sizes
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -187,7 +188,7 @@ def test_norms_and_sum_of_a_linear_layer(bias, frozen, sizes):
     model = model.double()
     if frozen is not None and getattr(model[0], frozen) is not None:
         getattr(model[0], frozen).requires_grad_(False)
-    x = torch.randn(7, positions, inputs, dtype=torch.double)
+    x = torch.randn(inputs, positions, 2 * samples, dtype=torch.double).permute(2, 1, 0)[::2]
     expected = grads_one_by_one(model, squared_loss, [x])
     ordinary = grads_one_by_one(model, squared_loss, [x], len(x))
     with GradNorms(model) as monitor:

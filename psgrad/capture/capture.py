@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from psgrad.capture.batch_axis import check_rows, refuse_unseen
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
@@ -183,7 +183,7 @@ class Capture:
             refuse_mixing(self._module)
             self._check_trainable()
             if rows is None:
-                _refuse_unseen(args, kwargs)
+                refuse_unseen(args, kwargs)
             if rows and rows % self._rows_per_sample == 0:
                 run = self._run_batch if self._learned else self._learn_and_run
                 out = run(forward, args, kwargs, rows)
@@ -248,7 +248,7 @@ class Capture:
                 try:
                     out = self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
                     if root and rows and torch.is_grad_enabled() and self._own.is_region(""):
-                        _check_rows(out, rows, args, kwargs)
+                        check_rows(out, rows, args, kwargs)
                     return out
                 except OtherRowsError as error:
                     if self._widen(error.layer.path) is None:
@@ -375,41 +375,3 @@ class Capture:
         hooked = [f"{name}: {why}" for name, p in self._trainable.items() if (why := why_hooked(p))]
         if hooked:
             raise CaptureError("since psgrad was attached:\n  " + "\n  ".join(hooked))
-
-
-def _refuse_unseen(args: Any, kwargs: Any) -> None:
-    """Raise where inputs are of types whose tensors nobody here can see.
-
-    Raises
-    ------
-    CaptureError
-        Naming them.
-
-    """
-    plain = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
-    unseen = {type(leaf).__name__ for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, plain)}
-    if unseen:
-        raise CaptureError(
-            f"no tensor is to be seen in the model's inputs, of type {', '.join(sorted(unseen))}: which rows "
-            "are a sample's cannot be told. Call the model with tensors, or with dicts, lists or tuples of "
-            "them (model(**batch)), or register the type with torch.utils._pytree"
-        )
-
-
-def _check_rows(out: Any, rows: int, args: Any, kwargs: Any) -> None:
-    """Raise where a model that ran one sample at a time returned nothing with the batch in axis 0.
-
-    Raises
-    ------
-    CaptureError
-        Saying what was taken for the batch.
-
-    """
-    shapes = [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]
-    if shapes and all(shape[:1] != (rows,) for shape in shapes):
-        inputs = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        raise CaptureError(
-            f"the model runs one sample at a time, and returned {shapes[0]} for a batch of {rows} rows. The "
-            f"batch is axis 0 of the first tensor among its inputs, which are {', '.join(map(str, inputs))}: "
-            "let the batch come first, and return what has it in axis 0"
-        )

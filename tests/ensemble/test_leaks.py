@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad import MemberError, ShapeError, clip_per_sample
+from psgrad import MemberError, ShapeError
 from psgrad.ensemble import Ensemble
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -381,23 +381,3 @@ def test_recurrent_members_train_as_alone(kind: type[nn.Module], strategy: str, 
         torch.testing.assert_close(ens(x)[k], module(x))
         for p, q in zip(ens.stacked.parameters(), module.parameters(), strict=True):
             torch.testing.assert_close(p[k], q)
-
-
-class OfDict(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, batch):
-        return self.layer(batch["x"])
-
-
-def test_own_trees_of_captured_members():
-    ensemble = Ensemble.from_factory(OfDict, range(2))
-    x = torch.randn(2, 5, 4)
-    with clip_per_sample(ensemble, 1e6, "sum"):
-        ensemble.own({"x": x}).square().sum().backward()
-    for k in range(2):
-        member = ensemble.member(k)
-        member({"x": x[k]}).square().sum().backward()
-        torch.testing.assert_close(ensemble.stacked.layer.weight.grad[k], member.layer.weight.grad)

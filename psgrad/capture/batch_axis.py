@@ -1,0 +1,51 @@
+"""Whether the batch is to be seen in what a model is given and returns: axis 0 of its first tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from psgrad.errors import CaptureError
+
+__all__ = ["check_rows", "refuse_unseen"]
+
+
+def refuse_unseen(args: Any, kwargs: Any) -> None:
+    """Raise where inputs are of types whose tensors nobody here can see.
+
+    Raises
+    ------
+    CaptureError
+        Naming them.
+
+    """
+    plain = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+    unseen = {type(leaf).__name__ for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, plain)}
+    if unseen:
+        raise CaptureError(
+            f"no tensor is to be seen in the model's inputs, of type {', '.join(sorted(unseen))}: which rows "
+            "are a sample's cannot be told. Call the model with tensors, or with dicts, lists or tuples of "
+            "them (model(**batch)), or register the type with torch.utils._pytree"
+        )
+
+
+def check_rows(out: Any, rows: int, args: Any, kwargs: Any) -> None:
+    """Raise where a model that ran one sample at a time returned nothing with the batch in axis 0.
+
+    Raises
+    ------
+    CaptureError
+        Saying what was taken for the batch.
+
+    """
+    shapes = [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]
+    if shapes and all(shape[:1] != (rows,) for shape in shapes):
+        inputs = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise CaptureError(
+            f"the model runs one sample at a time, and returned {shapes[0]} for a batch of {rows} rows. The "
+            f"batch is axis 0 of the first tensor among its inputs, which are {', '.join(map(str, inputs))}: "
+            "let the batch come first, and return what has it in axis 0"
+        )
