@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from psgrad.capture import attach
@@ -116,6 +117,10 @@ class PerSampleGrads:
 
 
 def accumulate(p: nn.Parameter, grad: Tensor) -> None:
-    """`p.grad += grad`, as `backward` does."""
-    grad = grad.to(p.dtype)
-    p.grad = grad if p.grad is None else p.grad + grad
+    """`p.grad += grad`, as `backward` does: in the dtype of p, and laid out in memory as p is."""
+    if p.grad is not None:
+        p.grad = p.grad + grad.to(p.dtype)
+    elif grad.dtype == p.dtype and grad.stride() == p.stride():
+        p.grad = grad
+    else:
+        p.grad = torch.empty_like(p.detach()).copy_(grad)

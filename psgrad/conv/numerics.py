@@ -31,9 +31,18 @@ FEW = 2**14
 """Elements of all rows, up to which the call with the least around it is the fastest."""
 
 
-def memory_order(t: Tensor) -> list[int]:
-    """Axes after the first, in the order of memory: permuted like this, a dense tensor flattens to a view."""
-    return sorted(range(1, t.ndim), key=t.stride, reverse=True)
+def memory_order(t: Tensor) -> tuple[list[int], list[int]]:
+    """Axes that lie outside of the first one in memory, and the others, each from the outermost.
+
+    A dense tensor, permuted to the ones, the first axis and the others, flattens around it to a view; but
+    where the first axis is the innermost, nothing is said to lie outside.
+    """
+    ordered = sorted(range(1, t.ndim), key=t.stride, reverse=True)
+    if t.shape[0] < 2 or t.stride(0) == 0:
+        return [], ordered
+    outside = [axis for axis in ordered if t.shape[axis] > 1 and t.stride(axis) > t.stride(0)]
+    inside = [axis for axis in ordered if axis not in outside]
+    return (outside, inside) if any(t.shape[axis] > 1 for axis in inside) else ([], ordered)
 
 
 def squared_norms(grads: Tensor) -> Tensor:
@@ -42,8 +51,15 @@ def squared_norms(grads: Tensor) -> Tensor:
     PyTorch's norm adds a row up in order, and over half a million elements in float32 comes out low by
     1e-4: a sample would stay unclipped by as much. Rows are added up in pieces, and the pieces pairwise.
     """
-    rows = grads if grads.is_contiguous() else grads.permute(0, *memory_order(grads))
-    rows = rows.flatten(1)
+    if grads.is_contiguous():
+        return _squared_norms_of_rows(grads.flatten(1))
+    outside, inside = memory_order(grads)
+    rows = grads.permute(*outside, 0, *inside).flatten(len(outside) + 1)
+    norms = _squared_norms_of_rows(rows.flatten(0, len(outside)))
+    return norms.view(-1, len(grads)).sum(0) if outside else norms
+
+
+def _squared_norms_of_rows(rows: Tensor) -> Tensor:
     dtype = accumulation_dtype(rows.dtype)
     if rows.numel() <= FEW and rows.dtype == dtype:
         return torch.linalg.vecdot(rows, rows)  # which adds up pairwise, with a copy of the products
@@ -68,9 +84,11 @@ def _pieces(length: int) -> int:
 
 def weighted(factors: Tensor, grads: Tensor) -> Tensor:
     """`sum_n factors[n] * grads[n]`: N, N.. -> ..; a factor of exactly 0 removes its sample."""
-    ordered = drop_removed(grads, factors).permute(0, *(order := memory_order(grads)))
-    total = (factors.to(grads.dtype) @ ordered.flatten(1)).view(ordered.shape[1:])
-    return total.permute([order.index(axis) for axis in range(1, grads.ndim)]).contiguous()
+    order = _Order(grads)
+    rows, factors = order.rows(drop_removed(grads, factors)), factors.to(grads.dtype)
+    if len(rows) == 1:
+        return order.whole(factors @ rows[0])
+    return order.whole(torch.stack([factors @ part for part in rows]))
 
 
 class RunningSum:
@@ -88,28 +106,45 @@ class RunningSum:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._total: Tensor | None = None
-        self._order: list[int] = []
-        self._shape: torch.Size = torch.Size()
+        self._order: _Order | None = None
 
     def add(self, grads: Tensor, factors: Tensor) -> None:
         """Take some more: `[n, *shape]`, and `[n]` of their dtype."""
-        self._order = self._order or memory_order(grads)
-        ordered = grads.permute(0, *self._order)
-        self._shape, rows = ordered.shape[1:], ordered.flatten(1)
+        self._order = self._order or _Order(grads)
+        rows = self._order.rows(grads)
         wide = accumulation_dtype(self._dtype)
         if self._total is None:
-            self._total = rows.new_zeros(rows.shape[1], dtype=wide)
-        if rows.dtype == wide:
-            self._total.addmv_(rows.T, factors)  # a quarter of the time of a sum over axis 0, and an addition
-        else:
-            self._total.add_(factors @ rows)
+            self._total = rows.new_zeros(len(rows), rows.shape[2], dtype=wide)
+        for total, part in zip(self._total, rows, strict=True):
+            if part.dtype == wide:
+                total.addmv_(part.T, factors)  # a quarter of the time of a sum over axis 0, and an addition
+            else:
+                total.add_(factors @ part)
 
     def value(self) -> Tensor:
         """Return the sum `[*shape]`, contiguous, in the dtype asked for; at least one gradient was added."""
         assert self._total is not None
-        total = self._total.view(self._shape)
-        total = total.permute([self._order.index(axis) for axis in range(1, len(self._order) + 1)])
-        return total.to(self._dtype).contiguous()
+        assert self._order is not None
+        return self._order.whole(self._total.to(self._dtype))
+
+
+class _Order:
+    """How gradients lie in memory, for sums over the samples that read them as they lie there."""
+
+    def __init__(self, grads: Tensor) -> None:
+        self._shape = grads.shape[1:]
+        self._outside, self._inside = memory_order(grads)
+
+    def rows(self, grads: Tensor) -> Tensor:
+        """`[N, *shape]` as `[A, N, B]`, a view of dense ones in this order."""
+        rows = grads.permute(*self._outside, 0, *self._inside).flatten(len(self._outside) + 1)
+        return rows.flatten(0, -3) if self._outside else rows.unsqueeze(0)
+
+    def whole(self, total: Tensor) -> Tensor:
+        """`[A, B]`, or `[B]` if A is 1, as `[*shape]`, contiguous."""
+        order = [*self._outside, *self._inside]
+        total = total.view([self._shape[axis - 1] for axis in order])
+        return total.permute([order.index(axis) for axis in range(1, len(order) + 1)]).contiguous()
 
 
 def drop_removed(t: Tensor, factors: Tensor, rows_per_sample: int = 1) -> Tensor:

@@ -27,6 +27,13 @@ PIECE_BYTES = 16 * 2**20
 Measured on 13 layers: 1.4 to 3 times faster where the operands take 49 to 110 MiB, the same at 32 MiB.
 """
 
+SUM_BY_GRADIENTS = 1.3
+"""Times the time of norms, by which a sum by the same gradients is judged against one ordinary gradient.
+
+Measured on 409 layers and batch sizes: at 1, and with five calls fewer, the choice takes 1.059x the time of
+the best way in geometric mean, and is within 10 % of it on 77 %; as it is, 1.020x, and on 92 %.
+"""
+
 FRESH_BYTES = 10 * 2**20
 """A layer's gradients on a CPU beyond this are taken to come from the system with pages never touched."""
 FRESH_RATE = 3.5e9
@@ -117,9 +124,14 @@ def ways_of_sum(problem: WeightGradProblem) -> tuple[dict[str, Cost], dict[str, 
         if reason is not None:
             refusals[name] = reason
             continue
-        # gradients of a chunk are added up in the time in which they are squared; and a total besides
+        # gradients of a chunk are added up in about the time in which they are squared; and a total besides
         own = strategy.cost(problem, "sq_norms")
-        costs[name] = replace(own, bytes=own.bytes + 2 * problem.gradient_bytes, calls=own.calls + 2)
+        costs[name] = replace(
+            own,
+            bytes=SUM_BY_GRADIENTS * (own.bytes + 2 * problem.gradient_bytes),
+            calls=own.calls + 7,
+            slowdown=SUM_BY_GRADIENTS * own.slowdown,
+        )
     return costs, refusals
 
 

@@ -180,8 +180,8 @@ def weight_grad_sq_norms_and_sum(
     Returns
     -------
     tuple[Tensor, Tensor]
-        `[N]` as of `weight_grad_sq_norms`; and the sum over all samples `[*weight_shape]`, contiguous, of the
-        dtype of x, zeros for an empty batch.
+        `[N]` as of `weight_grad_sq_norms`; and the sum over all samples `[*weight_shape]`, of the dtype of x,
+        zeros for an empty batch.
 
     """
     x, grad_output, problem = normalise(x, grad_output, weight_shape, geometry, rows_per_sample)

@@ -1,5 +1,7 @@
 """The clipping hook: factors, bounds, what lands in p.grad, and how it goes away."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from psgrad import ConfigError, clip_per_sample
+from psgrad import ConfigError, GradNorms, PerSampleGrads, clip_per_sample
 from psgrad.clipping import clip_factors
 
 
@@ -143,3 +145,20 @@ def test_no_ordinary_weight_gradient_is_computed_as_well():
     # the first layer needs no input gradient; a strategy may call the operator for the weight alone
     assert masks.count((True, False, False)) == 1
     assert all(mask in {(True, False, False), (False, True, False)} for mask in masks)
+
+
+@pytest.mark.parametrize("attach", [partial(clip_per_sample, max_norm=torch.inf), GradNorms, PerSampleGrads])
+@pytest.mark.parametrize("of_model", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last])
+def test_gradients_lie_in_memory_as_their_parameters_do(attach, of_model, of_input) -> None:
+    """As autograd's do: an optimizer's fused kernels read both side by side."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3)).to(memory_format=of_model)
+    x = torch.randn(4, 16, 12, 12).to(memory_format=of_input)
+    model(x).square().mean().backward()
+    ordinary = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with attach(model):
+        model(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), ordinary, strict=True):
+        assert p.grad.stride() == grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psgrad.conv import ConvGeometry, kept_weight_grads, scratch, weight_grad_sq_norms, weight_grads
+from psgrad.conv.numerics import squared_norms, weighted
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES, base, unfold
 from psgrad.errors import StrategyError
@@ -67,20 +69,46 @@ def test_sq_norms_are_those_of_the_loop(name: str, problem: ConvProblem) -> None
     close(norms, sq_norms_of(problem.oracle()))
 
 
-@pytest.mark.parametrize("by_window", [False, True])
-@settings(max_examples=200)
-@given(problem=conv_problems())
-def test_unfolded_either_way_it_is_the_same(by_window: bool, problem: ConvProblem) -> None:
+@pytest.mark.parametrize("order", ["position", "window", "row"])
+@settings(max_examples=300)
+@given(problem=conv_problems(), one_at_a_time=st.booleans())
+def test_unfolded_in_any_order_it_is_the_same(order: str, problem: ConvProblem, one_at_a_time: bool) -> None:
     x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    factors = torch.rand(normal.samples, dtype=torch.float64)
+    strategy = STRATEGIES["unfold"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfold, "windows_are_faster", lambda problem: by_window)
-        kept = STRATEGIES["unfold"].kept(x, grad, normal)
-        grads = STRATEGIES["unfold"].grads(x, grad, normal)
-        norms = STRATEGIES["unfold"].sq_norms(x, grad, normal)
+        patch.setattr(unfold, "order_for", unfold.order_for.__wrapped__)
+        patch.setattr(unfold, "windows_are_faster", lambda problem: order != "position")
+        by_row = order == "row" and normal.rows_per_sample == 1
+        patch.setattr(unfold, "rows_are_faster", lambda problem: by_row)
+        if one_at_a_time:
+            set_budget(patch, 1)
+        kept = strategy.kept(x, grad, normal)
+        grads = strategy.grads(x, grad, normal)
+        norms = strategy.sq_norms(x, grad, normal)
+        total = strategy.weighted_sum(x, grad, normal, factors) if normal.samples else None
     close(kept, problem.oracle())
     assert grads.is_contiguous()
     close(grads, problem.oracle())
     close(norms, sq_norms_of(problem.oracle()))
+    close(squared_norms(kept), norms)
+    weighted_sum = torch.einsum("n,n...->...", factors, problem.oracle())
+    close(weighted(factors, kept), weighted_sum)
+    if total is not None:
+        close(total, weighted_sum)
+
+
+def test_rows_are_unfolded_apart_where_that_is_faster() -> None:
+    geometry = ConvGeometry(3, padding=1)
+    x, grad, problem = normalise(
+        torch.randn(8, 64, 16, 16), torch.randn(8, 64, 16, 16), (64, 64, 3, 3), geometry
+    )
+    assert unfold.order_for(problem, "kept") == unfold.order_for(problem, "sq_norms") == "row"
+    assert unfold.order_for(problem, "grads") == "position"
+    kept = STRATEGIES["unfold"].kept(x, grad, problem)
+    assert kept.stride(3) > kept.stride(0)  # the kernel's rows lie outside of the samples
+    few = base.with_samples(problem, 1)
+    assert unfold.order_for(few, "kept") == "window"
 
 
 @settings(max_examples=200)

@@ -27,7 +27,7 @@ from tests.problems import ConvProblem, conv_problems
 LAYERS = {
     "3x3": (64, 64, (16, 16), 3, 1, 1, 1, "backend"),
     "1x1": (256, 256, (4, 4), 1, 1, 0, 1, "product"),
-    "first": (3, 32, (32, 32), 3, 1, 1, 1, "unfold"),
+    "first": (3, 64, (32, 32), 3, 1, 1, 1, "unfold"),
     "depthwise": (96, 96, (28, 28), 7, 1, 3, 96, "correlate"),
 }
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from psgrad.conv.patches import patches, patches_by_window
+from psgrad.conv.patches import patches, patches_by_row, patches_by_window, rows_of_phases
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.reused import borrowed
 from psgrad.conv.scratch import scratch
 from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunks, samples_per_chunk
 
 __all__ = ["Unfold"]
+
+
+Order = Literal["position", "window", "row"]
+"""Of the unfolded copy: output positions innermost; windows in one piece; rows of windows in one piece."""
 
 
 class Unfold(Strategy):
@@ -25,7 +31,9 @@ class Unfold(Strategy):
     element, or as large as the stride, nothing is duplicated.
 
     Where nobody minds the order of the result in memory, every window is copied in one piece, channels
-    last, which both the copy and the product are faster with: `NG (KT)(kI)` instead of `NG (Ik)(KT)`.
+    last, which both the copy and the product are faster with: `NG (KT)(kI)` instead of `NG (Ik)(KT)`. And
+    where a kernel has several rows, only what one of them meets is copied, and there is a product for each:
+    the next one's windows are the same, one row of the output further on.
     """
 
     name = "unfold"
@@ -36,10 +44,10 @@ class Unfold(Strategy):
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs; the unfolded copy is written and read, if there is one; a product per sample and group."""
-        p, unfolded = problem, _unfolded_bytes(problem)
+        p, order = problem, order_for(problem, verb)
+        unfolded = _unfolded_bytes(p, order)
         duplicates = p.geometry.kernel_positions > 1 and p.geometry.kernel_size != p.geometry.stride
-        any_order = verb != "grads" or _has_one_order(p)
-        copied = 0.4 if not duplicates else 0.6 if any_order and windows_are_faster(p) else 1.6
+        copied = 0.4 if not duplicates else 1.6 if order == "position" else 0.6
         written = 1.4 if verb == "sq_norms" else 0.7
         temporary = unfolded + (p.gradient_bytes if verb == "sq_norms" else 0)
         return Cost(
@@ -51,38 +59,64 @@ class Unfold(Strategy):
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
-        return self._written(x, grad, problem, _has_one_order(problem) and windows_are_faster(problem))
+        return self._written(x, grad, problem, "grads")
 
     def kept(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.kept`."""
-        return self._written(x, grad, problem, windows_are_faster(problem))
+        return self._written(x, grad, problem, "kept")
 
     def kept_in_chunks(
         self, x: Tensor, grad: Tensor, problem: WeightGradProblem
     ) -> Iterator[tuple[Tensor, slice]]:
         """See `Strategy.kept_in_chunks`; the gradients lie in memory that is used again and again."""
-        by_window = windows_are_faster(problem)
+        order = order_for(problem, "sq_norms")
         for part, rows, here in chunks(problem, self._chunk(problem, "sq_norms")):
-            grads = scratch("gradients", _by_group(part), x)
-            _products(x[rows], grad[rows], part, by_window, grads)
-            yield _as_weights(grads, part, by_window), here
+            grads = scratch("gradients", _shape(part, order), x)
+            _products(x[rows], grad[rows], part, order, grads)
+            yield _as_weights(grads, part, order), here
 
-    def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, by_window: bool) -> Tensor:
-        p = problem
-        out = borrowed(_by_group(p), x)
-        for part, rows, here in chunks(p, self._chunk(p, "grads")):
-            _products(x[rows], grad[rows], part, by_window, out[here])
-        return _as_weights(out, p, by_window)
+    def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, verb: Verb) -> Tensor:
+        order = order_for(problem, verb)
+        out = borrowed(_shape(problem, order), x)
+        for part, rows, here in chunks(problem, self._chunk(problem, verb)):
+            _products(x[rows], grad[rows], part, order, out[:, here])
+        return _as_weights(out, problem, order)
 
     @staticmethod
     def _chunk(problem: WeightGradProblem, verb: Verb) -> int:
         """Samples at a time; for norms their gradients are temporary as well."""
         written = problem.gradient_bytes if verb == "sq_norms" else 0
-        return samples_per_chunk(problem, _unfolded_bytes(problem) + written)
+        return samples_per_chunk(problem, _unfolded_bytes(problem, order_for(problem, verb)) + written)
 
 
-def _has_one_order(problem: WeightGradProblem) -> bool:
-    return problem.in_per_group == 1 or problem.geometry.kernel_positions == 1
+ROW_BYTES = 2**20
+"""Of windows, for every row of the kernel, from where a product for each is worth its call."""
+
+
+@lru_cache(maxsize=4096)
+def order_for(problem: WeightGradProblem, verb: Verb) -> Order:
+    """Return the order of the unfolded copy that makes the verb fastest."""
+    p = problem
+    if verb == "grads" and p.in_per_group > 1 and p.geometry.kernel_positions > 1:
+        return "position"  # as weights lie
+    if not windows_are_faster(p):
+        return "position"
+    return "row" if verb != "grads" and rows_are_faster(p) else "window"
+
+
+def rows_are_faster(problem: WeightGradProblem) -> bool:
+    """Whether a kernel's rows had better be unfolded and multiplied apart, where windows are faster at all.
+
+    Fitted to 180 problems. The copy must be what takes the time: less than half as large by row, large enough
+    for several calls, and read more often than the gradients, which are made in parts, are written.
+    """
+    p = problem
+    if p.device.type != "cpu" or p.rows_per_sample > 1 or len(p.input_size) == 1:
+        return False
+    assert p.geometry.kernel_size is not None
+    whole, by_row = _unfolded_bytes(p, "window"), _unfolded_bytes(p, "row")
+    large = p.samples * whole >= p.geometry.kernel_size[0] * ROW_BYTES
+    return whole > 2 * by_row and large and 2 * p.positions >= p.out_per_group
 
 
 def windows_are_faster(problem: WeightGradProblem) -> bool:
@@ -100,32 +134,47 @@ def windows_are_faster(problem: WeightGradProblem) -> bool:
     return piece * geometry.stride[-1] >= p.output_size[-1]
 
 
-def _products(x: Tensor, grad: Tensor, problem: WeightGradProblem, by_window: bool, out: Tensor) -> None:
-    """Write NG O(KT) @ NG (KT)(Ik), or (kI) by window, to `out`."""
+def _products(x: Tensor, grad: Tensor, problem: WeightGradProblem, order: Order, out: Tensor) -> None:
+    """Write NG O(KT) @ NG (KT)(Ik), or its part for every row of the kernel, to `out`."""
     p = problem
     # (NK)(GO)T -> NK GO T -> NGO KT -> NG O(KT)
     left = grad.reshape(p.samples, p.rows_per_sample, p.groups, p.out_per_group, p.positions)
     left = left.permute(0, 2, 3, 1, 4).flatten(3)
-    right = patches_by_window(x, p, p.samples) if by_window else patches(x, p, p.samples).mT
-    torch.matmul(left, right, out=out)
+    if order == "row":
+        left = left.flatten(0, 1)
+        for part, right in zip(out.flatten(1, 2), patches_by_row(x, p, p.samples), strict=True):
+            torch.bmm(left, right, out=part)
+        return
+    right = patches_by_window(x, p, p.samples) if order == "window" else patches(x, p, p.samples).mT
+    torch.matmul(left, right, out=out[0])
 
 
-def _by_group(problem: WeightGradProblem) -> tuple[int, int, int, int]:
-    """N G O (Ik)."""
+def _shape(problem: WeightGradProblem, order: Order) -> tuple[int, ...]:
+    """Of the products, k N G O (k' I): by row the kernel's first axis lies outside of the samples."""
     p = problem
-    return p.samples, p.groups, p.out_per_group, p.in_per_group * p.geometry.kernel_positions
+    assert p.geometry.kernel_size is not None
+    apart = p.geometry.kernel_size[0] if order == "row" else 1
+    return apart, p.samples, p.groups, p.out_per_group, p.in_per_group * p.geometry.kernel_positions // apart
 
 
-def _as_weights(grads: Tensor, problem: WeightGradProblem, by_window: bool) -> Tensor:
-    """N G O (Ik), or (kI) by window, -> N (GO) I k."""
+def _as_weights(grads: Tensor, problem: WeightGradProblem, order: Order) -> Tensor:
+    """`_shape`'s, the elements of a window in the order's order, -> N (GO) I k."""
     p = problem
-    if not by_window:
+    if order == "position":
         return grads.view(p.samples, *p.weight_shape)
     channels_out, channels_in, *kernel = p.weight_shape
-    return grads.view(p.samples, channels_out, *kernel, channels_in).movedim(-1, 2)
+    if order == "window":
+        return grads.view(p.samples, channels_out, *kernel, channels_in).movedim(-1, 2)
+    first, *rest = kernel
+    return grads.view(first, p.samples, channels_out, *rest, channels_in).movedim((0, -1), (3, 2))
 
 
-def _unfolded_bytes(problem: WeightGradProblem) -> int:
+def _unfolded_bytes(problem: WeightGradProblem, order: Order) -> int:
     """Bytes of one sample's unfolded input."""
-    window = problem.groups * problem.in_per_group * problem.geometry.kernel_positions
-    return window * problem.positions * problem.rows_per_sample * problem.dtype.itemsize
+    p, geometry = problem, problem.geometry
+    window = p.groups * p.in_per_group * geometry.kernel_positions * p.dtype.itemsize
+    if order != "row":
+        return window * p.positions * p.rows_per_sample
+    assert geometry.kernel_size is not None
+    phases, down = rows_of_phases(p)
+    return window // geometry.kernel_size[0] * phases * down * prod(p.output_size[1:])
