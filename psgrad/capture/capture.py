@@ -9,7 +9,7 @@ layout are as free as without it, because the node's output is an ordinary tenso
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from psgrad.capture.recorder import (
     Consumer,
     ForwardCall,
     Recorder,
+    leaves_for,
     not_captured,
     refuse_changed,
     trainable_of,
@@ -49,6 +50,7 @@ from psgrad.capture.survey import (
 from psgrad.errors import CaptureError, ShapeError
 from psgrad.layers import LayerCall, LayerRule
 from psgrad.loss import LossCheck
+from psgrad.loss.starts import follow_inputs, unfollow_inputs
 
 __all__ = ["Capture", "Consumer"]
 
@@ -93,9 +95,9 @@ class Capture:
         if rows_per_sample < 1:
             raise ShapeError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self._module = module
-        # What makes every captured node part of the graph, also where nothing else requires grad.
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._recorder = Recorder(consumer, self._check_trainable, self._anchor)
+        self.anchor = torch.zeros((), requires_grad=True)
+        """The leaf that every captured node leads to, part of the graph where nothing else requires grad."""
+        self._recorder = Recorder(consumer, self._check_trainable, self.anchor)
         self._rows_per_sample = rows_per_sample
         self._loss = loss
         self._root_rows: int | None = None
@@ -108,13 +110,14 @@ class Capture:
         self._trainable = trainable_of(module)
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
-        self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self._anchor)
+        self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
         for layer in layers:
             self._attach(layer)
         shadow_forward(module, self._run_root)
+        follow_inputs(self)
         if loss is not None:
             loss.watch()
 
@@ -122,6 +125,10 @@ class Capture:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The module's trainable parameters by path, each once; other ones than at first are refused."""
         return self._trainable
+
+    def leaves_for(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """See `psgrad.loss.starts.Leads`."""
+        return leaves_for(inputs, self._trainable, [self.anchor])
 
     gradients_per_sample = 1
     sample_axis = 0
@@ -153,7 +160,7 @@ class Capture:
             If a layer was called by itself, which cannot be repeated.
 
         """
-        self._recorder.again(take, [self._anchor, *self._trainable.values()], keep=keep)
+        self._recorder.again(take, [self.anchor, *self._trainable.values()], keep=keep)
 
     def no_more(self) -> None:
         """Let go of what forward saved: the consumer will not ask for `again`."""
@@ -162,6 +169,7 @@ class Capture:
     def remove(self) -> None:
         """Give the module back as it was. Twice is as good as once."""
         self._recorder.forget_failed()
+        unfollow_inputs(self)
         if self._loss is not None:
             self._loss.unwatch()
         for handle in self._handles:
@@ -227,7 +235,7 @@ class Capture:
         """Run all rows, in a graph apart where its backward may have to run again."""
         if not (self._repeatable and torch.is_grad_enabled()) or self._call is not None:
             return self._run_rows(forward, args, kwargs, rows)
-        self._call = RepeatableCall(self._recorder.reached, self._anchor)
+        self._call = RepeatableCall(self._recorder.reached, self.anchor)
         try:
             return self._call.run(
                 lambda *args, **kwargs: self._run_rows(forward, args, kwargs, rows), args, kwargs
@@ -358,7 +366,7 @@ class Capture:
             whole = use if computed is None else Carried(layer.path, computed, use)
             self._recorder.record(whole, this, gate)
 
-        return captured_call(record, layer, rule, rest, self._anchor, x)
+        return captured_call(record, layer, rule, rest, self.anchor, x)
 
     def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
         """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,15 @@ from psgrad.capture.contribution import Contribution
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.errors import CaptureError, ConfigError, ShapeError
 
-__all__ = ["Consumer", "ForwardCall", "Recorder", "not_captured", "refuse_changed", "trainable_of"]
+__all__ = [
+    "Consumer",
+    "ForwardCall",
+    "Recorder",
+    "leaves_for",
+    "not_captured",
+    "refuse_changed",
+    "trainable_of",
+]
 
 
 class Consumer(Protocol):
@@ -248,6 +256,30 @@ def not_captured(name: str) -> Callable[[Tensor], None]:
 
     hook.of_psgrad = True  # type: ignore[attr-defined]  # tells it from hooks of others
     return hook
+
+
+def leaves_for(
+    inputs: Sequence[Any], trainable: Mapping[str, nn.Parameter], anchors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Return the anchors, if a backward pass to `inputs` alone is to reach all captured parameters.
+
+    Raises
+    ------
+    CaptureError
+        If it is to reach only some, of which there is no norm over all.
+
+    """
+    asked = {id(t) for t in inputs}
+    missing = [name for name, p in trainable.items() if id(p) not in asked]
+    if len(missing) == len(trainable):
+        return []
+    if missing:
+        raise CaptureError(
+            "backward(inputs=...) names some of the parameters that psgrad is attached to, and not "
+            f"{', '.join(missing)}: a sample's gradient would be computed in part. Name all of them, or "
+            "freeze those (requires_grad_(False)) before attaching"
+        )
+    return anchors
 
 
 def refuse_changed(before: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:

@@ -3,6 +3,9 @@
 The graph does not say inside of a backward pass which loss it is of, and what the loss has saved is freed
 by then; so it is looked at before. `Tensor.backward` calls `torch.autograd.backward` by this name. While
 nobody looks, it is torch's own.
+
+Nor does the graph lead to parameters whose gradients are computed beside it: a backward pass that is to reach
+them alone (`inputs=`) is led to where they are computed.
 """
 
 from __future__ import annotations
@@ -10,18 +13,35 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["unwatch", "watch"]
+__all__ = ["Leads", "follow_inputs", "unfollow_inputs", "unwatch", "watch"]
 
 Look = Callable[[list[Tensor]], None]
 
+
+class Leads(Protocol):
+    """Who computes gradients that the graph does not lead to, at leaves that it does."""
+
+    def leaves_for(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """Return the leaves by which a backward pass to `inputs` alone reaches theirs, or none.
+
+        Raises
+        ------
+        CaptureError
+            If it cannot do with these.
+
+        """
+
+
 _lock = threading.Lock()
 _watching: weakref.WeakSet[Any] = weakref.WeakSet()
+_leading: weakref.WeakSet[Any] = weakref.WeakSet()
+_looks: list[Look] = []
 
 
 def watch(who: object, look: Look) -> None:
@@ -30,9 +50,14 @@ def watch(who: object, look: Look) -> None:
     It ends with the last `unwatch(who)`, or with the last `who`.
     """
     with _lock:
-        _watching.add(who)
-        if not isinstance(torch.autograd.backward, _Backward):
-            torch.autograd.backward = _Backward(torch.autograd.backward, look)
+        _looks[:] = [look]
+        _add(_watching, who)
+
+
+def follow_inputs(who: Leads) -> None:
+    """Ask `who` at every backward pass that is given `inputs=`, until `unfollow_inputs(who)`."""
+    with _lock:
+        _add(_leading, who)
 
 
 def unwatch(who: object) -> None:
@@ -42,10 +67,23 @@ def unwatch(who: object) -> None:
         _restore_if_unwatched()
 
 
+def unfollow_inputs(who: Leads) -> None:
+    """Ask no more. Twice is as good as once."""
+    with _lock:
+        _leading.discard(who)
+        _restore_if_unwatched()
+
+
+def _add(who_all: weakref.WeakSet[Any], who: object) -> None:
+    who_all.add(who)
+    if not isinstance(torch.autograd.backward, _Backward):
+        torch.autograd.backward = _Backward(torch.autograd.backward)
+
+
 def _restore_if_unwatched() -> None:
     """Give torch its function back; where somebody else has wrapped ours, ours stays inside, and is idle."""
     ours = torch.autograd.backward
-    if not _watching and isinstance(ours, _Backward):
+    if not (_watching or _leading) and isinstance(ours, _Backward):
         torch.autograd.backward = ours.__wrapped__
 
 
@@ -54,9 +92,8 @@ class _Backward:
 
     __wrapped__: Callable[..., None]
 
-    def __init__(self, backward: Callable[..., None], look: Look) -> None:
+    def __init__(self, backward: Callable[..., None]) -> None:
         functools.update_wrapper(self, backward)
-        self._look = look
         # A compiled function that calls backward would have what runs in it compiled as well.
         self._run = torch.compiler.disable(self._look_and_run)
 
@@ -64,12 +101,18 @@ class _Backward:
         self._run(tensors, grad_tensors, *args, **kwargs)
 
     def _look_and_run(self, tensors: Any, grad_tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if not (_watching or _leading):
+            with _lock:
+                _restore_if_unwatched()  # the last who looked is gone
         if _watching:
             roots = tensors if isinstance(tensors, (list, tuple)) else [tensors]
             given = grad_tensors if isinstance(grad_tensors, (list, tuple)) else [grad_tensors]
             if all(g is None for g in given) and all(isinstance(r, Tensor) and r.grad_fn for r in roots):
-                self._look(list(roots))
-        else:
-            with _lock:
-                _restore_if_unwatched()  # the last who looked is gone
+                _looks[0](list(roots))
+        if kwargs.get("inputs") is not None:
+            inputs = kwargs["inputs"]
+            one = isinstance(inputs, (Tensor, torch.autograd.graph.GradientEdge))
+            inputs = [inputs] if one else list(inputs)
+            added = [leaf for who in list(_leading) for leaf in who.leaves_for(inputs)]
+            kwargs["inputs"] = [*inputs, *added]
         self.__wrapped__(tensors, grad_tensors, *args, **kwargs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture import Consumer, Contribution
-from psgrad.capture.recorder import not_captured, refuse_changed, trainable_of
+from psgrad.capture.recorder import leaves_for, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
@@ -20,6 +20,7 @@ from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
 from psgrad.errors import RefusedModelError, ShapeError
 from psgrad.held import Held
 from psgrad.loss import LossCheck
+from psgrad.loss.starts import follow_inputs, unfollow_inputs
 
 if TYPE_CHECKING:
     from psgrad.ensemble.ensemble import Ensemble
@@ -79,6 +80,7 @@ class MemberCapture:
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
         shadow_forward(ensemble, self._run)
+        follow_inputs(self)
 
     @property
     def gradients_per_sample(self) -> int:
@@ -96,8 +98,13 @@ class MemberCapture:
         """The stacked trainable parameters by path, each once; other ones than at first are refused."""
         return self._trainable
 
+    def leaves_for(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """See `psgrad.loss.starts.Leads`."""
+        return leaves_for(inputs, self._trainable, [self._folded.anchor, *self._looped.anchors])
+
     def remove(self) -> None:
         """Give the ensemble back as it was. Twice is as good as once."""
+        unfollow_inputs(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

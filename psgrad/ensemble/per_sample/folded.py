@@ -55,8 +55,9 @@ class FoldedCapture:
     ) -> None:
         self._stacked = stacked
         self._execution = execution
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._recorder = Recorder(consumer, check, self._anchor)
+        self.anchor = torch.zeros((), requires_grad=True)
+        """The leaf that every captured node leads to."""
+        self._recorder = Recorder(consumer, check, self.anchor)
         self._rows_per_sample = rows_per_sample
         self._rows = 0
         self._known: dict[Hashable, str | None] = {}
@@ -149,7 +150,7 @@ class FoldedCapture:
             use = MemberUse(path, rule, layer, *pair, self._rows_per_sample, wanted)
             self._recorder.record(use, this)
 
-        tensor = told(record, path, self._anchor, x.tensor, out.tensor)
+        tensor = told(record, path, self.anchor, x.tensor, out.tensor)
         return Computed(Value(tensor, layout, members), computed.strategy, computed.why)
 
 

@@ -77,6 +77,11 @@ class LoopedCapture:
         with without_trace(self._stacked):
             self._modules[0](*args)
 
+    @property
+    def anchors(self) -> list[Tensor]:
+        """The leaves that every member's captured nodes lead to."""
+        return [capture.anchor for capture in self._captures]
+
     def remove(self) -> None:
         """Detach from the members' modules."""
         for capture in self._captures:
