@@ -12,7 +12,7 @@ from torch import nn
 
 from psgrad.errors import ShapeError
 
-__all__ = ["ConvGeometry", "IntOrInts", "Padding"]
+__all__ = ["ConvGeometry", "IntOrInts", "Padding", "meets_padding_alone"]
 
 _T = TypeVar("_T")
 
@@ -258,3 +258,17 @@ def _broadcast(name: str, value: tuple[_T, ...], rank: int) -> tuple[_T, ...]:
     if len(value) != rank:
         raise ShapeError(f"{name} has {len(value)} spatial axes, the tensors have {rank}")
     return value
+
+
+@lru_cache(maxsize=4096)
+def meets_padding_alone(
+    size: int, positions: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[bool, ...]:
+    """Of every kernel offset along an axis: whether no position of the kernel puts it on an element.
+
+    `padding` is that before the axis.
+    """
+    return tuple(
+        all(not 0 <= stride * t + dilation * d - padding < size for t in range(positions))
+        for d in range(kernel)
+    )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
 from psgrad.errors import ShapeError, StrategyError
 
 __all__ = ["WeightGradProblem", "normalise", "problem_of"]
@@ -89,10 +89,12 @@ class WeightGradProblem:
         return tuple(
             (axis + 2, d)
             for axis, (size, out) in enumerate(zip(self.input_size, self.output_size, strict=True))
-            for d in range(g.kernel_size[axis])
-            if not any(
-                0 <= g.stride[axis] * t + g.dilation[axis] * d - g.padding[axis][0] < size for t in range(out)
+            for d, dead in enumerate(
+                meets_padding_alone(
+                    size, out, g.kernel_size[axis], g.stride[axis], g.padding[axis][0], g.dilation[axis]
+                )
             )
+            if dead
         )
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
 
 __all__ = ["Batched", "Call", "batch_length", "call_of", "is_recorded", "with_one_entry", "without_entries"]
 
@@ -59,14 +59,28 @@ class Call(NamedTuple):
     def weight_grad(self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         """Run `aten::convolution_backward` for the weight gradient; only the shape of `weight` is used."""
         x = _plainly_strided(x)
-        return _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (False, True, False))[1]
+        grad = _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (False, True, False))[1]
+        return grad if x.dtype.itemsize >= 4 else self._without_leftovers(grad, grad_output, x)
 
     def both_grads(
         self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int
     ) -> tuple[Tensor, Tensor]:
         """Run `aten::convolution_backward` for the gradients of input and weight."""
         x = _plainly_strided(x)
-        return _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (True, True, False))[:2]
+        both = _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (True, True, False))[:2]
+        return both if x.dtype.itemsize >= 4 else (both[0], self._without_leftovers(both[1], grad_output, x))
+
+    def _without_leftovers(self, grad: Tensor, grad_output: Tensor, x: Tensor) -> Tensor:
+        """Put zeros where an offset meets padding alone: oneDNN's bfloat16 kernels write nothing there."""
+        rank = len(self.stride)
+        met, by = (grad_output, x) if self.transposed else (x, grad_output)
+        for axis in range(rank):
+            sizes = met.shape[axis - rank], by.shape[axis - rank], grad.shape[axis - rank]
+            step = self.stride[axis], self.padding[axis], self.dilation[axis]
+            dead = _dead(sizes, step, grad.device)
+            if dead is not None:
+                grad = grad.masked_fill(dead.view(-1, *(1,) * (rank - 1 - axis)), 0)
+        return grad
 
     def padded(self, t: Tensor, bdim: int | None) -> Batched:
         """Pad the spatial axes by the margins; `B` comes first."""
@@ -89,6 +103,17 @@ class Call(NamedTuple):
         """Undo `padded`: take the margins off the last axes."""
         assert self.margins is not None
         return F.pad(t, [-margin for margin in self.margins])
+
+
+def _dead(sizes: tuple[int, ...], step: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Which offsets along an axis meet padding alone, `[k]`; None if none does."""
+    if not any(isinstance(size, torch.SymInt) for size in sizes):
+        dead = meets_padding_alone(*sizes, *step)
+        return torch.tensor(dead, device=device) if any(dead) else None
+    (size, positions, kernel), (stride, padding, dilation) = sizes, step
+    t, d = torch.arange(positions, device=device), torch.arange(kernel, device=device)
+    where = stride * t[:, None] + dilation * d - padding
+    return ((where < 0) | (where >= size)).all(0)
 
 
 def _plainly_strided(x: Tensor) -> Tensor:
