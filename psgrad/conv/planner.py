@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 
@@ -37,6 +39,12 @@ RATES = {
     "cuda": DeviceRates(flops=5.0e13, bytes=2.5e12, call=1.0e-5),
 }
 """By device type; only their ratios enter a choice. Two cores with AVX-512; a GPU's order of magnitude."""
+
+EMULATED = 5.5
+"""Times as long as in float32 takes a product in half precision on a CPU that has no instructions for it.
+
+Two cores with AVX-512 alone: 366 GFLOP/s in float32, 63 in bfloat16.
+"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class Plan:
             mark = "->" if name == self.chosen else "  "
             lines.append(
                 f"{mark} {name:8s} about {1e3 * seconds:.3g} ms: {cost.flops / 1e9:.3g} GFLOP"
-                f" at 1/{cost.slowdown:g} rate, {cost.bytes / 1e6:.3g} MB moved, {cost.calls} calls,"
+                f" at 1/{_slowdown(cost, p):g} rate, {cost.bytes / 1e6:.3g} MB moved, {cost.calls} calls,"
                 f" {cost.peak_bytes / 1e6:.3g} MB temporary"
             )
         lines += [f"   {name:8s} refused: {reason}" for name, reason in self.refusals.items()]
@@ -162,7 +170,28 @@ def choose(problem: WeightGradProblem, verb: Verb) -> Plan:
 def seconds_of(cost: Cost, problem: WeightGradProblem) -> float:
     """Estimated seconds on the problem's device."""
     rates = rates_of(problem)
-    return cost.flops * cost.slowdown / rates.flops + cost.bytes / rates.bytes + cost.calls * rates.call
+    return (
+        cost.flops * _slowdown(cost, problem) / rates.flops
+        + cost.bytes / rates.bytes
+        + cost.calls * rates.call
+    )
+
+
+def _slowdown(cost: Cost, problem: WeightGradProblem) -> float:
+    """How many times slower than a good matrix product in float32 the arithmetic runs."""
+    half = problem.dtype.itemsize < 4 and problem.device.type == "cpu" and not cost.fast_in_half
+    return cost.slowdown * EMULATED if half and _emulated(problem.dtype) else cost.slowdown
+
+
+@lru_cache(maxsize=16)
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products in half precision."""
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    found = [getattr(torch.cpu, name, None) for name in names.get(dtype, ())]  # not in every version
+    return not any(supported is not None and supported() for supported in found)
 
 
 def rates_of(problem: WeightGradProblem) -> DeviceRates:

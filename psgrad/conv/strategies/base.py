@@ -43,6 +43,8 @@ class Cost:
         Largest temporary memory, the result not counted.
     slowdown
         How many times slower than a good matrix product the arithmetic runs on this device.
+    fast_in_half
+        Whether half precision is as fast as float32 on every device: widened first, or no matrix product.
 
     """
 
@@ -51,6 +53,7 @@ class Cost:
     calls: int
     peak_bytes: int
     slowdown: float = 1.0
+    fast_in_half: bool = False
 
 
 class Strategy(ABC):

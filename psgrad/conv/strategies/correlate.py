@@ -45,6 +45,7 @@ class Correlate(Strategy):
             calls=5 * -(-problem.samples // chunk),
             peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
             slowdown=_slowdown(problem),
+            fast_in_half=True,
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

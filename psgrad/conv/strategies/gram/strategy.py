@@ -74,6 +74,7 @@ class Gram(Strategy):
             bytes=3.0 * p.samples * moved * size,
             calls=chunks * (8 + calls) // 2,
             peak_bytes=min(samples_per_chunk(p, self._bytes(p)), p.samples) * self._bytes(p),
+            fast_in_half=True,
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
