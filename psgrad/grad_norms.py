@@ -12,6 +12,7 @@ from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.errors import ConfigError
 from psgrad.held import total_norms
+from psgrad.layer_norms import LayerNorms
 from psgrad.loss import LossCheck, LossReduction, checked_reduction
 from psgrad.norm_statistics import NoiseScale, noise_scale, outliers
 from psgrad.plain_sums import PlainSums
@@ -24,7 +25,9 @@ class _Seen:
     """What one backward pass showed."""
 
     norms: Tensor
-    per_layer: dict[str, Tensor]
+    of_layers: LayerNorms
+    scale: int
+    """Of layers' norms, to be those of a sample's own loss."""
     squared_norm_of_sum: AddedNorm
     divisor: int
     """Of the sum that landed in `.grad`, to be a mean over samples."""
@@ -93,7 +96,8 @@ class GradNorms:
             If there was none.
 
         """
-        return self._last.per_layer
+        seen = self._last
+        return {path: norms * seen.scale for path, norms in seen.of_layers.value().items()}
 
     @property
     def norms(self) -> Tensor:
@@ -172,16 +176,11 @@ class GradNorms:
     def finish(self, samples: int) -> None:
         """Publish the norms; part of `backward`."""
         mean = self._reduction == "mean"
-        sq_norms = self._held.sq_norms(self._held.paths())
-        per_layer = {path: sq_norm.sqrt() for path, sq_norm in sq_norms.items()}
-        norms = total_norms(sq_norms.values())
+        scale = samples if mean else 1
+        norms = total_norms(self._held.sq_norms({"": self._capture.trainable.values()}).values()) * scale
+        of_layers = self._held.layer_norms()
         squared_norm = self._held.release_all(norms)
-        self._seen = _Seen(
-            norms * samples if mean else norms,
-            {path: layer * samples if mean else layer for path, layer in per_layer.items()},
-            squared_norm,
-            1 if mean else max(1, samples),
-        )
+        self._seen = _Seen(norms, of_layers, scale, squared_norm, 1 if mean else max(1, samples))
 
     def abandon(self) -> None:
         """Drop what an unfinished backward pass left."""

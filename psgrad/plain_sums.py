@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from psgrad.added_norm import AddedNorm
 from psgrad.capture.contribution import Contribution, PerParameter
 from psgrad.held import Held, added_up
+from psgrad.layer_norms import LayerNorms
 from psgrad.layers.base import squared_norms
 from psgrad.per_sample import accumulate
 from psgrad.repeated_use import RepeatedUse
@@ -32,6 +33,10 @@ class PlainSums(Held):
         """See `Held.clear`."""
         super().clear()
         self._sums: PerParameter = {}
+
+    def layer_norms(self) -> LayerNorms:
+        """Return norms by path, good also after the release; to be asked for after `sq_norms` of all."""
+        return LayerNorms(self.paths(), dict(self._sq_norms), tuple(self._small))
 
     def release_all(self, norms: Tensor) -> AddedNorm:
         """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.

@@ -35,6 +35,11 @@ class SideBySide:
     parameters: tuple[nn.Parameter, ...]
     rows: Tensor
 
+    def grads(self) -> PerParameter:
+        """Every parameter's `[N, P_i]`, views."""
+        columns = self.rows.split([p.numel() for p in self.parameters], 1)
+        return dict(zip(self.parameters, columns, strict=True))
+
     def sq_norms(self) -> Tensor:
         """Squared norms `[N]` over all of them, float32 at least."""
         return squared_norms(self.rows)

@@ -210,3 +210,28 @@ def test_gradients_are_made_once(monkeypatch):
     with GradNorms(model) as monitor:
         model(torch.randn(4, 3, 12, 12)).square().mean().backward()
     assert monitor.norms.shape == (4,)
+
+
+def test_norms_by_layer_are_there_until_the_next_backward_pass():
+    """Added up when they are asked for, of gradients that are gone by then."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.Tanh(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, 3)
+    )
+    x, y = torch.randn(8, 3, 8, 8), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model, x, y):
+        return nn.functional.mse_loss(model(x), y)
+
+    with GradNorms(model) as monitor:
+        for _ in range(2):
+            expected = grads_one_by_one(model, loss, [x, y])
+            loss(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert monitor.per_layer.keys() == {"0", "2", "4"}
+            for path, norms in monitor.per_layer.items():
+                parts = [
+                    g.flatten(1).square().sum(1) for name, g in expected.items() if name.startswith(path)
+                ]
+                torch.testing.assert_close(norms, torch.stack(parts).sum(0).sqrt(), rtol=1e-4, atol=1e-6)
