@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import torch
-
+from psgrad.conv.half import EMULATED, is_emulated
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 
@@ -39,12 +38,6 @@ RATES = {
     "cuda": DeviceRates(flops=5.0e13, bytes=2.5e12, call=1.0e-5),
 }
 """By device type; only their ratios enter a choice. Two cores with AVX-512; a GPU's order of magnitude."""
-
-EMULATED = 5.5
-"""Times as long as in float32 takes a product in half precision on a CPU that has no instructions for it.
-
-Two cores with AVX-512 alone: 366 GFLOP/s in float32, 63 in bfloat16.
-"""
 
 
 @dataclass(frozen=True)
@@ -179,19 +172,8 @@ def seconds_of(cost: Cost, problem: WeightGradProblem) -> float:
 
 def _slowdown(cost: Cost, problem: WeightGradProblem) -> float:
     """How many times slower than a good matrix product in float32 the arithmetic runs."""
-    half = problem.dtype.itemsize < 4 and problem.device.type == "cpu" and not cost.fast_in_half
-    return cost.slowdown * EMULATED if half and _emulated(problem.dtype) else cost.slowdown
-
-
-@lru_cache(maxsize=16)
-def _emulated(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for products in half precision."""
-    names = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    found = [getattr(torch.cpu, name, None) for name in names.get(dtype, ())]  # not in every version
-    return not any(supported is not None and supported() for supported in found)
+    slow = not cost.fast_in_half and is_emulated(problem.dtype, problem.device)
+    return cost.slowdown * EMULATED if slow else cost.slowdown
 
 
 def rates_of(problem: WeightGradProblem) -> DeviceRates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +159,30 @@ def test_bfloat16_rounds_once_per_row(name: str, problem: ConvProblem) -> None:
     """Sums within a row are kept in float32; backends add the rows of a sample in bfloat16, and the
     result is rounded once. Two more for the float32 sums and for products that are split."""
     check_rounding(name, problem, roundings=problem.rows_per_sample + 3)
+
+
+@pytest.mark.parametrize("widens", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_unfold_in_half_precision_with_and_without_instructions_for_it(dtype, widens, data) -> None:
+    problem = data.draw(conv_problems(dtype=dtype))
+    x, grad, normal = normalise(*problem.operands, problem.rows_per_sample)
+    strategy, expected, magnitudes = STRATEGIES["unfold"], problem.oracle(), problem.oracle_of_magnitudes()
+    unit = torch.finfo(dtype).eps / 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfold, "_widened", lambda p: replace(p, dtype=torch.float32) if widens else p)
+        if data.draw(st.booleans()):
+            set_budget(patch, 1)
+        for grads in (strategy.grads(x, grad, normal), strategy.kept(x, grad, normal)):
+            assert grads.dtype == dtype
+            roundings = 2 if widens else problem.rows_per_sample + 3
+            error = (grads.double() - expected).abs()
+            assert (error <= roundings * unit * magnitudes + torch.finfo(dtype).tiny).all()
+        norms = strategy.sq_norms(x, grad, normal)
+    assert norms.dtype == torch.float32
+    bound = 2 * (problem.rows_per_sample + 3) * unit * sq_norms_of(magnitudes)
+    assert ((norms.double() - sq_norms_of(expected)).abs() <= bound + 1e-6).all()
 
 
 @given(problem=conv_problems(min_samples=1))

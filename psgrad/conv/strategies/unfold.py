@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from psgrad.conv.half import is_emulated
 from psgrad.conv.patches import patches, patches_by_row, patches_by_window, rows_of_phases
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.reused import borrowed
@@ -34,6 +36,8 @@ class Unfold(Strategy):
     last, which both the copy and the product are faster with: `NG (KT)(kI)` instead of `NG (Ik)(KT)`. And
     where a kernel has several rows, only what one of them meets is copied, and there is a product for each:
     the next one's windows are the same, one row of the output further on.
+
+    On a CPU without instructions for half precision a chunk is widened to float32, its result rounded once.
     """
 
     name = "unfold"
@@ -44,17 +48,18 @@ class Unfold(Strategy):
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs; the unfolded copy is written and read, if there is one; a product per sample and group."""
-        p, order = problem, order_for(problem, verb)
+        p, order = _widened(problem), order_for(problem, verb)
         unfolded = _unfolded_bytes(p, order)
         duplicates = p.geometry.kernel_positions > 1 and p.geometry.kernel_size != p.geometry.stride
         copied = 0.4 if not duplicates else 1.6 if order == "position" else 0.6
         written = 1.4 if verb == "sq_norms" else 0.7
-        temporary = unfolded + (p.gradient_bytes if verb == "sq_norms" else 0)
+        temporary = unfolded + (p.gradient_bytes if _is_temporary(problem, verb) else 0)
         return Cost(
             flops=p.flops,
             bytes=p.samples * (copied * unfolded + written * p.gradient_bytes),
             calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
             peak_bytes=min(self._chunk(p, verb), p.samples) * temporary,
+            fast_in_half=True,
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
@@ -69,28 +74,47 @@ class Unfold(Strategy):
         self, x: Tensor, grad: Tensor, problem: WeightGradProblem
     ) -> Iterator[tuple[Tensor, slice]]:
         """See `Strategy.kept_in_chunks`; the gradients lie in memory that is used again and again."""
-        order = order_for(problem, "sq_norms")
-        for part, rows, here in chunks(problem, self._chunk(problem, "sq_norms")):
-            grads = scratch("gradients", _shape(part, order), x)
-            _products(x[rows], grad[rows], part, order, grads)
+        order, p = order_for(problem, "sq_norms"), _widened(problem)
+        for part, rows, here in chunks(p, self._chunk(problem, "sq_norms")):
+            left, right = x[rows].to(p.dtype), grad[rows].to(p.dtype)
+            grads = scratch("gradients", _shape(part, order), left)
+            _products(left, right, part, order, grads)
             yield _as_weights(grads, part, order), here
 
     def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, verb: Verb) -> Tensor:
-        order = order_for(problem, verb)
-        out = borrowed(_shape(problem, order), x)
-        for part, rows, here in chunks(problem, self._chunk(problem, verb)):
-            _products(x[rows], grad[rows], part, order, out[:, here])
-        return _as_weights(out, problem, order)
+        order, p = order_for(problem, verb), _widened(problem)
+        out = borrowed(_shape(p, order), x)
+        for part, rows, here in chunks(p, self._chunk(problem, verb)):
+            if p.dtype == out.dtype:
+                _products(x[rows], grad[rows], part, order, out[:, here])
+                continue
+            left, right = x[rows].to(p.dtype), grad[rows].to(p.dtype)
+            wide = scratch("gradients", _shape(part, order), left)
+            _products(left, right, part, order, wide)
+            out[:, here] = wide
+        return _as_weights(out, p, order)
 
     @staticmethod
     def _chunk(problem: WeightGradProblem, verb: Verb) -> int:
         """Samples at a time; for norms their gradients are temporary as well."""
-        written = problem.gradient_bytes if verb == "sq_norms" else 0
-        return samples_per_chunk(problem, _unfolded_bytes(problem, order_for(problem, verb)) + written)
+        p, order = _widened(problem), order_for(problem, verb)
+        written = p.gradient_bytes if _is_temporary(problem, verb) else 0
+        return samples_per_chunk(p, _unfolded_bytes(p, order) + written)
 
 
 ROW_BYTES = 2**20
 """Of windows, for every row of the kernel, from where a product for each is worth its call."""
+
+
+@lru_cache(maxsize=4096)
+def _widened(problem: WeightGradProblem) -> WeightGradProblem:
+    """The problem in the dtype of its products: half precision that would be emulated is widened."""
+    return replace(problem, dtype=torch.float32) if is_emulated(problem.dtype, problem.device) else problem
+
+
+def _is_temporary(problem: WeightGradProblem, verb: Verb) -> bool:
+    """Whether gradients as they are computed are not yet the result."""
+    return verb == "sq_norms" or _widened(problem).dtype != problem.dtype
 
 
 @lru_cache(maxsize=4096)
