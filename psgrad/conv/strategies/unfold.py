@@ -58,7 +58,7 @@ class Unfold(Strategy):
             flops=p.flops,
             bytes=p.samples * (copied * unfolded + written * p.gradient_bytes),
             calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
-            peak_bytes=min(self._chunk(p, verb), p.samples) * temporary,
+            peak_bytes=min(self._chunk(problem, verb), p.samples) * temporary,
             fast_in_half=True,
         )
 
