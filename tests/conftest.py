@@ -24,6 +24,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def unwatched() -> None:
+    """Handles that tests before left attached look at backward passes no more."""
+    from psgrad.loss import starts  # noqa: PLC0415  # after TRITON_INTERPRET is set
+
+    starts._watching.clear()
+    starts._leading.clear()
+    starts._restore_if_unwatched()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

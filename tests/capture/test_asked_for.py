@@ -104,6 +104,7 @@ def test_of_an_ensemble(handle, member):
             ensemble.loss(nn.functional.mse_loss, x, y).sum().backward(inputs=next(ensemble.parameters()))
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_it_ends_with_the_last_handle():
     before = torch.autograd.backward
     model = nn.Linear(3, 2)

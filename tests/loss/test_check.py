@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from psgrad import ConfigError, GradNorms, PerSampleGrads, clip_per_sample
 from psgrad.dp import PrivacyEngine
-from psgrad.loss import starts
 
 N, C = 12, 4
 CLASSES, VALUES, SIGNS = torch.arange(N) % C, torch.rand(N, C), torch.ones(N, C)
@@ -302,13 +301,6 @@ class TestDivisors:
             if turned:
                 z, targets = z.transpose(0, 1), targets.T
             F.cross_entropy(z.reshape(-1, C), targets.reshape(-1)).backward()
-
-
-@pytest.fixture
-def unwatched():
-    """Handles that tests before left attached look no more."""
-    starts._watching.clear()
-    starts._restore_if_unwatched()
 
 
 @pytest.mark.usefixtures("unwatched")
