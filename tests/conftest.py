@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def unwatched() -> None:
     """Handles that tests before left attached look at backward passes no more."""
-    from psgrad.loss import starts  # noqa: PLC0415  # after TRITON_INTERPRET is set
+    from psgrad.loss import starts  # after TRITON_INTERPRET is set
 
     starts._watching.clear()
     starts._leading.clear()
