@@ -27,18 +27,11 @@ __all__ = [
 
 
 class Consumer(Protocol):
-    """Who is told what a backward pass captured.
-
-    Attributes
-    ----------
-    once
-        Whether a sample may contribute once only, so that no second backward pass may go through one forward
-        pass.
-
-    """
+    """Who is told what a backward pass captured."""
 
     @property
-    def once(self) -> bool: ...  # noqa: D102  # above
+    def once(self) -> bool:
+        """Whether a sample may contribute once, so that backward goes once through a forward pass."""
 
     def add(self, contribution: Contribution) -> None:
         """Take one contribution, during backward, in the order in which backward reaches the layers."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from psgrad.conv import (
     ConvGeometry,
@@ -26,9 +26,9 @@ __all__ = ["Convolution", "TransposedConvolution"]
 class Convolution(LayerRule):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with every padding mode."""
 
-    def input_error(self, module: nn.Module, x: Tensor) -> str | None:
+    def input_error(self, module: Any, x: Tensor) -> str | None:
         """Ask for a batch axis, which the layer itself does not."""
-        expected = len(module.kernel_size) + 2  # type: ignore[arg-type]  # a tuple on every conv module
+        expected = len(module.kernel_size) + 2
         return None if x.ndim == expected else f"the input has {x.ndim} axes, a batch has {expected}"
 
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:

@@ -159,9 +159,9 @@ def _backward_of_few_positions(
 class InstanceNorm(_Channels):
     """`nn.InstanceNorm1d`, `2d`, `3d`; running statistics only in evaluation mode."""
 
-    def input_error(self, module: nn.Module, x: Tensor) -> str | None:
+    def input_error(self, module: Any, x: Tensor) -> str | None:
         """Ask for a batch axis, which the layer itself does not."""
-        unbatched = module._get_no_batch_dim()  # type: ignore[operator]  # a method of _InstanceNorm
+        unbatched = module._get_no_batch_dim()
         return f"the input has {x.ndim} axes, a batch has {x.ndim + 1}" if x.ndim == unbatched else None
 
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
@@ -211,9 +211,9 @@ class BatchNormEval(_Channels):
 class _Trailing(_Affine):
     """Affine map with an entry per element of the trailing `normalized_shape`."""
 
-    def input_error(self, module: nn.Module, x: Tensor) -> str | None:
+    def input_error(self, module: Any, x: Tensor) -> str | None:
         """Ask for an axis before the normalised ones, the batch."""
-        inner = len(module.normalized_shape)  # type: ignore[arg-type]  # a tuple on both layers
+        inner = len(module.normalized_shape)
         return None if x.ndim > inner else f"the input has {x.ndim} axes, a batch has at least {inner + 1}"
 
     def kept_axes(self, module: Any, x: Tensor) -> tuple[int, ...]:

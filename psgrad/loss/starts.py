@@ -21,6 +21,9 @@ from torch import Tensor
 
 __all__ = ["Leads", "follow_inputs", "unfollow_inputs", "unwatch", "watch"]
 
+BETWEEN = ("retain_graph", "create_graph", "grad_variables")
+"""Arguments of `torch.autograd.backward` before `inputs`, after the gradients."""
+
 Look = Callable[[list[Tensor]], None]
 
 
@@ -109,6 +112,8 @@ class _Backward:
             given = grad_tensors if isinstance(grad_tensors, (list, tuple)) else [grad_tensors]
             if all(g is None for g in given) and all(isinstance(r, Tensor) and r.grad_fn for r in roots):
                 _looks[0](list(roots))
+        if len(args) > len(BETWEEN):
+            args, kwargs["inputs"] = args[: len(BETWEEN)], args[len(BETWEEN)]
         if kwargs.get("inputs") is not None:
             inputs = kwargs["inputs"]
             one = isinstance(inputs, (Tensor, torch.autograd.graph.GradientEdge))

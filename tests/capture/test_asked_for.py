@@ -42,6 +42,13 @@ def test_naming_the_input_as_well(handle):
     torch.testing.assert_close(grads_of(model), expected)
 
 
+def test_naming_them_by_position():
+    model, x = make("in-place residual")
+    with HANDLES["clip"](model):
+        torch.autograd.backward(squared_loss(model, x), None, None, False, None, list(model.parameters()))
+    assert all(grad is not None for grad in grads_of(model).values())
+
+
 @pytest.mark.parametrize("handle", HANDLES)
 def test_naming_the_input_alone_leaves_the_parameters_alone(handle):
     model, x = make("in-place residual")

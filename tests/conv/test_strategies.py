@@ -180,6 +180,11 @@ def test_unfold_in_half_precision_with_and_without_instructions_for_it(dtype, wi
             error = (grads.double() - expected).abs()
             assert (error <= roundings * unit * magnitudes + torch.finfo(dtype).tiny).all()
         norms = strategy.sq_norms(x, grad, normal)
+        if normal.samples:
+            total = strategy.weighted_sum(x, grad, normal, torch.ones(normal.samples))
+            roundings = (2 if widens else problem.rows_per_sample + 3) + normal.samples
+            error = (total.double() - expected.sum(0)).abs()
+            assert (error <= roundings * unit * magnitudes.sum(0) + torch.finfo(dtype).tiny).all()
     assert norms.dtype == torch.float32
     bound = 2 * (problem.rows_per_sample + 3) * unit * sq_norms_of(magnitudes)
     assert ((norms.double() - sq_norms_of(expected)).abs() <= bound + 1e-6).all()

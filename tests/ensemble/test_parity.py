@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import get_model
 
 from psgrad.ensemble import Ensemble
 from tests.ensemble.models import FOLDED, LOOPED
@@ -129,10 +130,8 @@ def test_one_member_is_plain_pytorch() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
 def test_torchvision_models(name: str) -> None:
-    torchvision = pytest.importorskip("torchvision")
-
     def fn() -> nn.Module:
-        return torchvision.models.get_model(name, weights=None, num_classes=3)
+        return get_model(name, weights=None, num_classes=3)
 
     # Four samples: BatchNorm over two values, where the maps are one position, amplifies rounding.
     xs, ys = [torch.randn(4, 3, 64, 64)] * 2, [torch.randint(0, 3, (4,))] * 2

@@ -100,7 +100,9 @@ def test_clipped_sum_is_that_of_the_loop(case, samples, rows_per_sample, held, m
     """Both forms that clipping may hold between norms and sum."""
     from psgrad.capture.contribution import KeptGrads, LayerUse
 
-    written = lambda use: KeptGrads(use.path, use.grads(), use.samples)  # noqa: E731  # a monkeypatch
+    def written(use):
+        return KeptGrads(use.path, use.grads(), use.samples)
+
     monkeypatch.setattr(LayerUse, "kept", written if held == "written" else lambda use: use)
     layer, shape = case
     x = batch(shape, samples * rows_per_sample)

@@ -140,7 +140,7 @@ def check(model: nn.Module, loss_of, inputs) -> None:
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name: str) -> None:
-    library = pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers", reason="transformers is not installed, and no requirement")
     model_class, config_class, options, batch = TRANSFORMERS[name]
     torch.manual_seed(0)
     config = getattr(library, config_class)(**options)
@@ -159,7 +159,7 @@ def test_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
-    library = pytest.importorskip("timm")
+    library = pytest.importorskip("timm", reason="timm is not installed, and no requirement")
     torch.manual_seed(0)
     model = quiet(library.create_model(name, num_classes=5, **TIMM[name]).train())
     size = TIMM[name].get("img_size", 224 if name.startswith(("gcvit", "mixer")) else 64)

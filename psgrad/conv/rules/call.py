@@ -60,7 +60,7 @@ class Call(NamedTuple):
         """Run `aten::convolution_backward` for the weight gradient; only the shape of `weight` is used."""
         x = _plainly_strided(x)
         grad = _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (False, True, False))[1]
-        return grad if x.dtype.itemsize >= 4 else self._without_leftovers(grad, grad_output, x)
+        return self._without_leftovers(grad, grad_output, x) if _leaves_some(x) else grad
 
     def both_grads(
         self, grad_output: Tensor, x: Tensor, weight: Tensor, groups: int
@@ -68,7 +68,7 @@ class Call(NamedTuple):
         """Run `aten::convolution_backward` for the gradients of input and weight."""
         x = _plainly_strided(x)
         both = _convolution_backward(grad_output, x, weight, None, *self[:5], groups, (True, True, False))[:2]
-        return both if x.dtype.itemsize >= 4 else (both[0], self._without_leftovers(both[1], grad_output, x))
+        return (both[0], self._without_leftovers(both[1], grad_output, x)) if _leaves_some(x) else both
 
     def _without_leftovers(self, grad: Tensor, grad_output: Tensor, x: Tensor) -> Tensor:
         """Put zeros where an offset meets padding alone: oneDNN's bfloat16 kernels write nothing there."""
@@ -103,6 +103,11 @@ class Call(NamedTuple):
         """Undo `padded`: take the margins off the last axes."""
         assert self.margins is not None
         return F.pad(t, [-margin for margin in self.margins])
+
+
+def _leaves_some(x: Tensor) -> bool:
+    """Whether the backend is oneDNN in half precision."""
+    return x.dtype.itemsize < 4 and x.device.type == "cpu"
 
 
 def _dead(sizes: tuple[int, ...], step: tuple[int, ...], device: torch.device) -> Tensor | None:

@@ -131,7 +131,7 @@ def order_for(problem: WeightGradProblem, verb: Verb) -> Order:
 def rows_are_faster(problem: WeightGradProblem) -> bool:
     """Whether a kernel's rows had better be unfolded and multiplied apart, where windows are faster at all.
 
-    Fitted to 180 problems. The copy must be what takes the time: less than half as large by row, large enough
+    Fitted to 207 problems. The copy must be what takes the time: less than half as large by row, large enough
     for several calls, and read more often than the gradients, which are made in parts, are written.
     """
     p = problem
