@@ -6,7 +6,9 @@ import torch
 from psgrad.conv import ConvGeometry, weight_grad_sq_norms, weight_grads
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES
+from psgrad.conv.strategies.triton.kernels import weight_grad_kernel
 from psgrad.conv.strategies.triton.launch import launch
+from psgrad.conv.strategies.triton.tiles import CHANNELWISE, PRODUCT, suiting
 from psgrad.errors import StrategyError
 from tests import oracle
 
@@ -60,6 +62,57 @@ def test_every_epilogue(problem, store, square):
         torch.testing.assert_close(grads.double(), expected, rtol=1e-4, atol=1e-4)
     if norms is not None:
         torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [*PRODUCT, *CHANNELWISE], ids=str)
+def test_every_tile(tile):
+    groups = 1 if "BLOCK_O" in tile.kwargs else 70
+    shape, geometry = (70, 66 if groups == 1 else 1, 2), ConvGeometry(2, stride=2, padding=1, groups=groups)
+    x, grad = torch.randn(2, shape[1] * groups, 9, device=DEVICE), torch.randn(2, 70, 5, device=DEVICE)
+    expected = weight_grads(x.double(), grad.double(), shape, geometry, "loop")
+    grads, norms = launch(
+        *normalise(x, grad, shape, geometry), store=True, square=True, precision="ieee", tile=tile
+    )
+    torch.testing.assert_close(grads.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_fastest_tile_is_taken_and_only_its_sums_are_added(monkeypatch):
+    """The buffer of sums is as long as the smallest tile needs: what lies behind a larger one's stays out."""
+    monkeypatch.setattr(
+        weight_grad_kernel, "early_config_prune", lambda tiles, _, **constants: suiting(tiles, constants)
+    )
+    monkeypatch.setattr(weight_grad_kernel, "cache", {})
+    shape, geometry = (70, 66, 1), ConvGeometry(1)
+    x, grad = torch.randn(2, 66, 5, device=DEVICE), torch.randn(2, 70, 5, device=DEVICE)
+    expected = weight_grads(x.double(), grad.double(), shape, geometry, "loop").flatten(1).square().sum(1)
+    for tile in suiting(PRODUCT, {"OUT_C": 70, "IN_C": 66, "T_BUCKET": 8}):
+        timings = {str(tile): 1.0}
+        monkeypatch.setattr(
+            weight_grad_kernel,
+            "_bench",
+            lambda *_, config, faster=timings, **__: [faster.get(str(config), 2.0)] * 3,
+        )
+        weight_grad_kernel.cache.clear()
+        _, norms = launch(*normalise(x, grad, shape, geometry), store=False, square=True, precision="ieee")
+        assert str(weight_grad_kernel.best_config) == str(tile)
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "positions", "blocks"),
+    [
+        ((512, 512), 4096, {(64, 32), (64, 64), (128, 64), (128, 128)}),
+        ((64, 64), 4096, {(32, 32), (64, 16), (64, 32), (64, 64)}),
+        ((64, 3), 4096, {(16, 16), (64, 16)}),
+        ((1, 2), 9, {(16, 16)}),
+    ],
+)
+def test_tiles_that_suit(channels, positions, blocks):
+    found = suiting(PRODUCT, {"OUT_C": channels[0], "IN_C": channels[1], "T_BUCKET": positions})
+    assert {(tile.kwargs["BLOCK_O"], tile.kwargs["BLOCK_I"]) for tile in found} == blocks
+    assert all(16 <= tile.kwargs["BLOCK_T"] <= max(16, positions) for tile in found)
+    assert len({str(tile) for tile in found}) == len(found) <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,12 +7,20 @@ read in place, masked outside of the input. No unfolded copy exists. Sums are fl
 
 Every spatial problem is 3-D here: missing axes have length 1. All strides are arguments, so any memory
 layout runs. Offsets are 64-bit.
+
+The grid has one axis, its tiles fastest: programs that run at the same time read the same sample, from
+cache, and their number is limited by 2^31 alone. T_BUCKET and CHANNELS_LAST are read by nothing: for each
+of their values the tile is tuned anew.
 """
 
 import triton
 import triton.language as tl
 
+from psgrad.conv.strategies.triton.tiles import CHANNELWISE, PRODUCT, tuned
+
 __all__ = ["channelwise_kernel", "weight_grad_kernel"]
+
+TUNED_FOR = ("T_BUCKET", "CHANNELS_LAST", "STORE", "SQUARE")
 
 
 @triton.jit
@@ -29,10 +37,11 @@ def _input_position(t, offset, OUT_H, OUT_W, KERNEL_H, KERNEL_W, SD, SH, SW, DD,
     return td * SD + kd * DD - PD, th * SH + kh * DH - PH, tw * SW + kw * DW - PW
 
 
+@tuned(PRODUCT, key=("OUT_C", "IN_C", "OFFSETS", *TUNED_FOR, "PRECISION"))
 @triton.jit
 def weight_grad_kernel(
     x_ptr, g_ptr, out_ptr, partial_ptr,
-    ROWS: tl.constexpr, T: tl.constexpr, OUT_H, OUT_W, IN_D, IN_H, IN_W,
+    ROWS, T, OUT_H, OUT_W, IN_D, IN_H, IN_W,
     x_row, x_channel, x_d, x_h, x_w,
     g_row, g_channel, g_d, g_h, g_w,
     GROUPS: tl.constexpr, OUT_C: tl.constexpr, IN_C: tl.constexpr,
@@ -40,18 +49,20 @@ def weight_grad_kernel(
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DD: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    T_BUCKET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One tile `[O, I]` of one (sample, group, offset): axis 0 of the grid; axis 1 is the tile.
+    """One tile `[O, I]` of one (sample, group, offset) a program.
 
     STORE writes the tile to `out [N, G, O, I, offsets]`, SQUARE its sum of squares to `partial [N,
     tiles]`; both may be on. UPCAST multiplies in float32 what Triton's interpreter cannot in bfloat16.
     """
     tiles_i: tl.constexpr = (IN_C + BLOCK_I - 1) // BLOCK_I
     tiles_o: tl.constexpr = (OUT_C + BLOCK_O - 1) // BLOCK_O
-    sample_group = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    tiles: tl.constexpr = tiles_o * tiles_i * OFFSETS
+    tile = tl.program_id(0) % tiles
+    sample_group = (tl.program_id(0) // tiles).to(tl.int64)
     n = sample_group // GROUPS
     group = sample_group % GROUPS
     offset = tile % OFFSETS
@@ -85,15 +96,15 @@ def weight_grad_kernel(
             out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(o < OUT_C)[:, None] & (i < IN_C)[None, :]
         )
     if SQUARE:
-        tiles: tl.constexpr = tiles_o * tiles_i * OFFSETS
         total = tl.sum(tl.sum(acc * acc, axis=1), axis=0)
         tl.store(partial_ptr + sample_group * tiles + tile, total)
 
 
+@tuned(CHANNELWISE, key=("CHANNELS", "OFFSETS", *TUNED_FOR))
 @triton.jit
 def channelwise_kernel(
     x_ptr, g_ptr, out_ptr, partial_ptr,
-    ROWS: tl.constexpr, T: tl.constexpr, OUT_H, OUT_W, IN_D, IN_H, IN_W,
+    ROWS, T, OUT_H, OUT_W, IN_D, IN_H, IN_W,
     x_row, x_channel, x_d, x_h, x_w,
     g_row, g_channel, g_d, g_h, g_w,
     CHANNELS: tl.constexpr, OUT_C: tl.constexpr,
@@ -101,16 +112,18 @@ def channelwise_kernel(
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DD: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    T_BUCKET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr, SQUARE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One input channel a group (depthwise): plain multiply-adds, bounded by memory.
 
-    Axis 0 of the grid is the sample, axis 1 a (block of output channels, kernel offset). Output channel c
-    reads input channel `c // O`. Results as in `weight_grad_kernel`.
+    A program owns a block of output channels and a kernel offset of one sample. Output channel c reads
+    input channel `c // O`. Results as in `weight_grad_kernel`.
     """
-    n = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    tiles: tl.constexpr = ((CHANNELS + BLOCK_C - 1) // BLOCK_C) * OFFSETS
+    tile = tl.program_id(0) % tiles
+    n = (tl.program_id(0) // tiles).to(tl.int64)
     offset = tile % OFFSETS
     c = (tile // OFFSETS) * BLOCK_C + tl.arange(0, BLOCK_C)
     g_base = g_ptr + c.to(tl.int64)[:, None] * g_channel
@@ -137,5 +150,4 @@ def channelwise_kernel(
         at = (n * CHANNELS + c) * OFFSETS + offset
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=c < CHANNELS)
     if SQUARE:
-        tiles: tl.constexpr = ((CHANNELS + BLOCK_C - 1) // BLOCK_C) * OFFSETS
         tl.store(partial_ptr + n * tiles + tile, tl.sum(acc * acc, axis=0))
