@@ -113,6 +113,16 @@ def test_rows_are_unfolded_apart_where_that_is_faster() -> None:
     assert unfold.order_for(few, "kept") == "window"
 
 
+def test_windows_that_do_not_overlap_are_copied_in_the_order_of_x() -> None:
+    shape, geometry = (6, 16, 2, 2), ConvGeometry(2, stride=2)
+    x, grad = torch.randn(4, 16, 8, 8).double(), torch.randn(4, 6, 4, 4).double()
+    last = x.to(memory_format=torch.channels_last)
+    kept = [STRATEGIES["unfold"].kept(*normalise(t, grad, shape, geometry)) for t in (x, last)]
+    assert kept[0].is_contiguous()
+    assert kept[1].stride(2) == 1  # the input's channels are innermost
+    close(kept[1], kept[0])
+
+
 @settings(max_examples=200)
 @given(problem=conv_problems())
 def test_kept_gradients_are_the_gradients(problem: ConvProblem) -> None:
