@@ -215,14 +215,16 @@ PEERS: dict[str, Maker] = {
 }
 """Who is not psgrad: gradients."""
 
+GRADIENTS = ("loop", "grouped", "unfold", "correlate", "triton")
+"""psgrad's strategies that make gradients."""
+
 SUITES: dict[BenchVerb, dict[str, Maker]] = {
     "grads": {
-        **{name: partial(psgrad_strategy, name) for name in ("auto", "loop", "grouped", "unfold", "triton")},
+        **{name: partial(psgrad_strategy, name) for name in ("auto", *GRADIENTS)},
         **PEERS,
     },
     "sq_norms": {
-        **{name: partial(psgrad_norms, name) for name in ("auto", "loop", "grouped", "unfold")},
-        **{name: partial(psgrad_norms, name) for name in ("gram", "triton")},
+        **{name: partial(psgrad_norms, name) for name in ("auto", *GRADIENTS, "gram")},
         **{name: partial(norms_of, make) for name, make in PEERS.items()},
     },
     "weighted_sum": {

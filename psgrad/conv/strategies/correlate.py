@@ -41,7 +41,7 @@ class Correlate(Strategy):
         return Cost(
             flops=problem.flops,
             bytes=problem.samples * (operand_bytes(problem) + 2 * problem.gradient_bytes),
-            calls=5 * -(-problem.samples // chunk),
+            calls=(5 if _is_depthwise(problem) else 3) * -(-problem.samples // chunk),
             peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
             slowdown=_slowdown(problem) if _is_depthwise(problem) else _dense_slowdown(problem),
             fast_in_half=True,
@@ -107,9 +107,7 @@ def _why_not_dense(problem: WeightGradProblem) -> str | None:
 
 def _dense_slowdown(problem: WeightGradProblem) -> float:
     """Relative to what the others are said to take, whose rates are of longer vectors."""
-    if len(problem.input_size) == 2:
-        return 0.9
-    return 0.6 if problem.positions >= 256 else 0.85
+    return 0.75 if len(problem.input_size) == 2 else 0.6
 
 
 def _in_one_call(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

@@ -58,7 +58,7 @@ class Unfold(Strategy):
             flops=p.flops,
             bytes=p.samples * (copied * unfolded + written * p.gradient_bytes),
             calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
-            slowdown=ALONE if p.samples == 1 else 1.0,
+            slowdown=_slowdown(p, verb),
             peak_bytes=min(self._chunk(problem, verb), p.samples) * temporary,
             fast_in_half=True,
         )
@@ -103,10 +103,10 @@ class Unfold(Strategy):
         return samples_per_chunk(p, _unfolded_bytes(p, order) + written)
 
 
-ALONE = 1.05
-"""Times as long as in a batch takes one sample's product, which several threads share.
+ALONE, STRIDED = 1.05, 1.1
+"""Times as long takes one sample's product, which threads share, and norms where a strided kernel overlaps.
 
-Fitted to 153 and 169 cells on CPUs of two makes: on both, more choices are within 10 % of the best.
+Fitted to 157 and 169 cells on CPUs of two makes: on both, more choices are within 10 % of the best.
 """
 
 ROW_BYTES = 2**20
@@ -117,6 +117,11 @@ ROW_BYTES = 2**20
 def _widened(problem: WeightGradProblem) -> WeightGradProblem:
     """The problem in the dtype of its products: half precision that would be emulated is widened."""
     return replace(problem, dtype=torch.float32) if is_emulated(problem.dtype, problem.device) else problem
+
+
+def _slowdown(problem: WeightGradProblem, verb: Verb) -> float:
+    strided = max(problem.geometry.stride) > 1 and _duplicates(problem)
+    return (ALONE if problem.samples == 1 else 1.0) * (STRIDED if strided and verb == "sq_norms" else 1.0)
 
 
 def _is_temporary(problem: WeightGradProblem, verb: Verb) -> bool:
