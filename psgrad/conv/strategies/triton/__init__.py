@@ -17,10 +17,12 @@ __all__ = ["Triton"]
 class Triton(Strategy):
     """The sample and group in the grid of a Triton kernel that reads patches of x in place.
 
-    Nothing is unfolded. Norms come from an epilogue that squares and sums each tile and writes one number
-    per tile, so that gradients are never in memory. float32 operands are multiplied exactly ("ieee")
-    unless PyTorch is allowed to use TF32 for convolutions (`torch.backends.cudnn.allow_tf32` together
-    with `torch.get_float32_matmul_precision() != "highest"`).
+    Nothing is unfolded. The first problem of a kind compiles and times a few tiles, some seconds in all
+    (`TRITON_PRINT_AUTOTUNING=1` tells); later processes find the fastest on disk. Norms come from an
+    epilogue that squares and sums each tile and writes one number per tile, so that gradients are never in
+    memory. float32 operands are multiplied exactly ("ieee") unless PyTorch is allowed to use TF32 for
+    convolutions (`torch.backends.cudnn.allow_tf32` together with
+    `torch.get_float32_matmul_precision() != "highest"`).
     """
 
     name = "triton"
