@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from psgrad.conv.half import EMULATED, is_emulated
+from psgrad.conv.half import emulated, is_emulated
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 
@@ -173,7 +173,7 @@ def seconds_of(cost: Cost, problem: WeightGradProblem) -> float:
 def _slowdown(cost: Cost, problem: WeightGradProblem) -> float:
     """How many times slower than a good matrix product in float32 the arithmetic runs."""
     slow = not cost.fast_in_half and is_emulated(problem.dtype, problem.device)
-    return cost.slowdown * EMULATED if slow else cost.slowdown
+    return cost.slowdown * emulated() if slow else cost.slowdown
 
 
 def rates_of(problem: WeightGradProblem) -> DeviceRates:

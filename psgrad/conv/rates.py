@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from psgrad.conv.half import is_emulated
 from psgrad.conv.measured import _machine, cache_file
 from psgrad.conv.planner import DeviceRates
 
@@ -21,6 +22,8 @@ SCHEMA = 1
 
 ROUNDS = 7
 MATRIX = {"cpu": 1536, "cuda": 8192}
+EMULATED_MATRIX = 256
+"""Of a dtype without instructions, in which the other would take half a minute."""
 COPIED_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 """Of source and destination together: far more than a cache holds."""
 CALLS = 200
@@ -61,7 +64,7 @@ def measure_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     """Measure now: the best of a few rounds each, for a machine may be busy but is never too fast."""
     device = torch.device(device)
     kind = "cuda" if device.type == "cuda" else "cpu"
-    size = MATRIX[kind]
+    size = EMULATED_MATRIX if is_emulated(dtype, device) else MATRIX[kind]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.zeros(COPIED_BYTES[kind] // 2, dtype=torch.uint8, device=device)

@@ -129,10 +129,10 @@ def test_p1_p2_one_sample_changes_the_sum_by_at_most_the_bound(
         gathered = clip.gathered
         without = gathered_sum(model, x[keep], y[keep], split, reduction, dtype)
     # clipping in float32 keeps the bound to 1e-5; each clipped gradient rounds in the dtype of the layers,
-    # and does so differently where its physical batch has another size
-    slack = 1e-5 * (bound + with_it.norm())
-    if dtype == "autocast":
-        slack += torch.finfo(torch.bfloat16).eps * samples * gathered.l2_bound
+    # and does so differently where its physical batch has another size. In float32 by 4e-6 of it, seen in a
+    # bias before a normalisation, whose gradient cancels (plain PyTorch: 2e-6)
+    rounding = torch.finfo(torch.bfloat16).eps if dtype == "autocast" else 0.0
+    slack = (1e-5 + rounding) * samples * gathered.l2_bound
     allowed = 0.0 if poison is not None else gathered.l2_bound
     assert with_it.isfinite().all()
     assert (with_it - without).norm() <= allowed + slack

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from psgrad.conv import ConvGeometry, Plan, choice, clipping_keeps_grads, plan, planner, weight_grads
+from psgrad.conv import ConvGeometry, Plan, choice, clipping_keeps_grads, half, plan, planner, weight_grads
 from psgrad.conv.strategies import STRATEGIES, Cost, Strategy
 from psgrad.errors import StrategyError
 from tests.problems import ConvProblem, conv_problems
@@ -125,11 +125,18 @@ def test_clipping_keeps_small_results_and_weighs_large_ones_again() -> None:
     assert not keeps(512, 4)
 
 
+@pytest.mark.parametrize(("short", "times"), [(True, 100.0), (False, 5.5)])
+def test_how_slow_emulation_is_depends_on_the_vectors(short, times, monkeypatch) -> None:
+    monkeypatch.setattr(half, "short_vectors", lambda: short)
+    assert half.emulated() == times
+
+
 def test_half_precision_is_slow_where_a_cpu_has_no_instructions_for_it(monkeypatch) -> None:
     """But for what widens it first."""
     x, grad = torch.zeros(8, 128, 16, 16), torch.zeros(8, 128, 16, 16)
     arguments = (x.bfloat16(), grad.bfloat16(), (128, 128, 3, 3), ConvGeometry(3, padding=1), "sq_norms")
     plans = {}
+    monkeypatch.setattr(planner, "emulated", lambda: 5.5)
     for emulated in (True, False):
         monkeypatch.setattr(planner, "is_emulated", lambda dtype, device, found=emulated: found)
         planner.choose.cache_clear()
