@@ -2,7 +2,8 @@
 
 The lists are short, as every tile is compiled and timed once for each kind of problem; Triton keeps the
 result on disk. Each compiles for compute capability 8.0 and 9.0 in every precision, within the shared memory
-there, and spills next to no registers (`tests/conv/test_triton_compiles.py`).
+there, and spills next to no registers; but `64 x 64 x 64` in exact float32 on 8.0, up to 688 bytes a thread
+(`tests/conv/test_triton_compiles.py`).
 """
 
 from __future__ import annotations
