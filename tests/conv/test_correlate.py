@@ -56,11 +56,20 @@ def test_equals_the_loop(short, layer, samples, channels_last):
         ("3-D", {"stride": 2}, "strides and dilation"),
         ("3-D", {"dilation": 2}, "strides and dilation"),
         ("3-D", {"dtype": torch.float64}, "other dtypes"),
+        ("3-D", {"dtype": torch.bfloat16}, "other dtypes"),
     ],
 )
 def test_what_was_measured_to_be_slower_is_refused(short, layer, changed, why):
     problem = normalise(*operands(layer, 2, **changed))[2]
     assert why in CORRELATE.refusal(problem, "grads")
+
+
+def test_groups_and_several_rows_a_sample_are_refused(short):
+    x, grad, shape, geometry = operands("3-D", 4)
+    assert "several rows" in CORRELATE.refusal(normalise(x, grad, shape, geometry, 2)[2], "grads")
+    grouped = ConvGeometry(shape[2:], padding=1, groups=2)
+    problem = normalise(x[:, :16], grad[:, :16], (16, 8, *shape[2:]), grouped)[2]
+    assert "with groups" in CORRELATE.refusal(problem, "grads")
 
 
 def test_long_vectors_leave_dense_layers_to_the_others(monkeypatch):

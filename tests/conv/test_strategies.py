@@ -113,6 +113,21 @@ def test_rows_are_unfolded_apart_where_that_is_faster() -> None:
     assert unfold.order_for(few, "kept") == "window"
 
 
+@pytest.mark.parametrize(
+    ("groups", "rows", "dtype"), [(2, 1, torch.float64), (1, 2, torch.float32), (2, 2, torch.bfloat16)]
+)
+def test_windows_that_do_not_overlap_in_any_layout(groups: int, rows: int, dtype: torch.dtype) -> None:
+    shape, geometry = (6, 16 // groups, 2, 2), ConvGeometry(2, stride=2, groups=groups)
+    x, grad = torch.randn(4, 16, 8, 8).to(dtype), torch.randn(4, 6, 4, 4).to(dtype)
+    expected = weight_grads(x.double(), grad.double(), shape, geometry, "loop", rows_per_sample=rows)
+    for t in (x, x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
+        normal = normalise(t, grad, shape, geometry, rows)
+        norms = STRATEGIES["unfold"].sq_norms(*normal)
+        torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-2, atol=1e-4)
+        kept = STRATEGIES["unfold"].kept(*normal)
+        torch.testing.assert_close(kept.double(), expected, rtol=1e-2, atol=2e-2)
+
+
 def test_windows_that_do_not_overlap_are_copied_in_the_order_of_x() -> None:
     shape, geometry = (6, 16, 2, 2), ConvGeometry(2, stride=2)
     x, grad = torch.randn(4, 16, 8, 8).double(), torch.randn(4, 6, 4, 4).double()
