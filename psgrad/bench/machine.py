@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from psgrad.conv.processor import processor
+
 __all__ = ["describe"]
 
 PACKAGES = ("psgrad", "torch", "torchvision", "opacus", "backpack-for-pytorch")
@@ -16,21 +18,16 @@ PACKAGES = ("psgrad", "torch", "torchvision", "opacus", "backpack-for-pytorch")
 
 def describe(device: str = "cpu") -> dict[str, str]:
     """Return the machine, the versions and the commit, each under a name; "unknown" where it is."""
+    cpu = processor()
     return {
-        "machine": torch.cuda.get_device_name(device) if device != "cpu" else _processor(),
+        "machine": torch.cuda.get_device_name(device) if device != "cpu" else cpu.name,
+        "processor": ", ".join(filter(None, (cpu.version, cpu.instructions))),
         "cpu threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def _version(package: str) -> str:

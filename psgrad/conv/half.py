@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from psgrad.conv.vectors import short_vectors
+from psgrad.conv.processor import short_vectors
 
 __all__ = ["emulated", "is_emulated"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from psgrad.conv.planner import Plan, choose
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.processor import processor
 from psgrad.conv.strategies import STRATEGIES, Verb
 
 __all__ = ["cache_file", "measure"]
@@ -115,7 +116,7 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+        name = f"{', '.join(filter(None, processor()))}, {os.cpu_count()} cores"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, psgrad {version('psgrad')}"
 
 

@@ -97,9 +97,9 @@ def test_tf32_on_the_cpu_is_refused() -> None:
 
 
 def test_a_report_goes_to_the_folder_of_its_machine() -> None:
-    chosen = bench_conv.default_folder(settings(), "Intel(R) Xeon(R) Processor")
-    assert chosen == Path(f"docs/results/xeon-{os.cpu_count()}-cores/bench_conv")
-    assert bench_conv.default_folder(settings("--quick"), "any") == Path("runs/bench_conv")
+    chosen = bench_conv.default_folder(settings(), "Intel(R) Xeon(R) Processor", "AVX512")
+    assert chosen == Path(f"docs/results/xeon-avx512-{os.cpu_count()}-cores/bench_conv")
+    assert bench_conv.default_folder(settings("--quick"), "any", "AVX2") == Path("runs/bench_conv")
 
 
 def test_every_set_can_be_chosen_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.processor import short_vectors
 from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
@@ -14,7 +15,6 @@ from psgrad.conv.strategies.base import (
     operand_bytes,
     samples_per_chunk,
 )
-from psgrad.conv.vectors import short_vectors
 
 __all__ = ["Correlate"]
 

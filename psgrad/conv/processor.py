@@ -1,0 +1,63 @@
+"""Which CPU this is, and how long its vectors are: what a backend has kernels for, and how fast they run."""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Processor", "mkl_is_slow", "processor", "short_vectors"]
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Processor(NamedTuple):
+    """A CPU as PyTorch uses it.
+
+    Attributes
+    ----------
+    vendor
+        "AuthenticAMD", "GenuineIntel", ...; empty where the system does not say.
+    name
+        The maker's, which several generations may share in a virtual machine.
+    version
+        Family and model, which tell those apart; empty where the system does not say.
+    instructions
+        PyTorch's vector instructions, as "AVX2" or "AVX512".
+
+    """
+
+    vendor: str
+    name: str
+    version: str
+    instructions: str
+
+
+@lru_cache(maxsize=1)
+def processor() -> Processor:
+    """Return the CPU of this machine."""
+    found: dict[str, str] = {}
+    for line in CPUINFO.read_text().splitlines() if CPUINFO.exists() else ():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or "unknown"
+    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return Processor(found.get("vendor_id", ""), name, ", ".join(numbers), instructions)
+
+
+def short_vectors() -> bool:
+    """Whether PyTorch runs with vectors of 8 floats (AVX2), not 16 (AVX-512)."""
+    return processor().instructions == "AVX2"
+
+
+def mkl_is_slow() -> bool:
+    """Whether MKL, by which PyTorch multiplies float32 matrices, uses half of this CPU's vectors.
+
+    With another maker's processor it stays with 8 floats where 16 would fit.
+    """
+    cpu = processor()
+    return cpu.vendor == "AuthenticAMD" and cpu.instructions == "AVX512" and torch.backends.mkl.is_available()
