@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psgrad.conv.patches import patches, patches_by_position
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.products import add_product, batched, by_onednn, mkl_slowdown, product
 
 __all__ = ["as_product", "in_pieces", "ordinary_weight_grad"]
 
@@ -80,6 +81,8 @@ def as_product(problem: WeightGradProblem) -> Product | None:
         return _per_group
     if p.device.type == "cuda" or p.groups > 1 or rows == 0:
         return None
+    if mkl_slowdown(p.dtype, p.device) > 1:
+        return _row_by_row if _fast_by_onednn(p, rows) else None
     if len(p.input_size) == 1 == p.in_per_group and rows >= MANY_ROWS and p.dtype.itemsize >= 4:
         return in_pieces
     one_element = p.geometry.kernel_positions == 1
@@ -90,17 +93,27 @@ def as_product(problem: WeightGradProblem) -> Product | None:
     return _row_by_row if one_element and p.dtype.itemsize >= 4 else None
 
 
+def _fast_by_onednn(problem: WeightGradProblem, rows: int) -> bool:
+    """Whether a product beats a convolution of the same library: no copy of x, nor of many large results."""
+    p = problem
+    if p.geometry.kernel_positions > 1 or max(p.geometry.stride) > 1:
+        return False
+    small = rows == 1 or rows * p.gradient_bytes <= SMALL_BYTES
+    return small and by_onednn(p.flops / rows, p.positions, p.dtype, p.device)
+
+
 def _per_group(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     """N G O, N G (Ik) -> G O (Ik): a convolution with one output position is a matrix product a group."""
     rows = x.shape[0]
     window = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows).squeeze(3)
     grad = grad.reshape(rows, problem.groups, problem.out_per_group)
-    return grad.permute(1, 2, 0) @ window.transpose(0, 1)
+    return batched(grad.permute(1, 2, 0), window.transpose(0, 1))
 
 
 def _of_positions(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     """O (NT), (NT)(Ik) -> O (Ik)."""
-    return grad.movedim(1, -1).reshape(-1, problem.out_per_group).T @ patches_by_position(x, problem)[0]
+    left = grad.movedim(1, -1).reshape(-1, problem.out_per_group).T
+    return product(left, patches_by_position(x, problem)[0])
 
 
 def in_pieces(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
@@ -121,12 +134,12 @@ def _row_by_row(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     by_row = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows)[:, 0].mT
     grad = grad.flatten(2)
     if rows == 1:
-        return grad[0] @ by_row[0]
+        return product(grad[0], by_row[0])
     if rows * problem.gradient_bytes <= SMALL_BYTES:
-        return (grad @ by_row).sum(0)
+        return batched(grad, by_row).sum(0)
     total = grad.new_zeros(problem.out_per_group, problem.in_per_group)
     for g, window in zip(grad, by_row, strict=True):
-        total.addmm_(g, window)
+        add_product(total, g, window)
     return total
 
 

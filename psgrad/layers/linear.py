@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psgrad.conv.numerics import RunningSum
+from psgrad.conv.products import batched, product
 from psgrad.conv.scratch import scratch
 from psgrad.conv.strategies.base import evenly
 from psgrad.conv.strategies.gram import eaten, norms_of_grams
@@ -51,7 +52,7 @@ class Linear(LayerRule):
         grads = {}
         if "weight" in call.wanted:
             x, g = _operands(call)
-            grads["weight"] = g.transpose(1, 2) @ x
+            grads["weight"] = batched(g.mT, x)
         if "bias" in call.wanted:
             grads["bias"] = sample_sum(call, call.g, keep=(call.g.ndim - 1,))
         return grads
@@ -94,7 +95,7 @@ class Linear(LayerRule):
             x = drop_removed(call.x.to(g.dtype), factors, call.rows_per_sample).flatten(0, -2)
             smaller, larger = (x, g) if x.shape[1] < g.shape[1] else (g, x)
             scaled = smaller * scale.unsqueeze(1)
-            sums["weight"] = larger.T @ scaled if smaller is x else scaled.T @ larger
+            sums["weight"] = product(larger.T, scaled) if smaller is x else product(scaled.T, larger)
         if "bias" in call.wanted:
             sums["bias"] = scale @ g
         return sums
@@ -117,7 +118,7 @@ def _sq_norms(x: Tensor, g: Tensor, total: RunningSum | None = None) -> Tensor:
         here = slice(start, start + step)
         left, right = g[here].mT, x[here]
         grads = scratch("gradients", (len(left), left.shape[1], inputs), g)
-        torch.bmm(left, right, out=grads)
+        batched(left, right, grads)
         norms.append(squared_norms(grads))
         if total is not None:
             total.add(grads, grads.new_ones(len(grads)))
@@ -134,7 +135,7 @@ def _gram_sq_norms(x: Tensor, g: Tensor) -> Tensor:
     x, g = x.to(dtype), g.to(dtype)
     if x.shape[1] == 1:
         return x.square().sum((1, 2)) * g.square().sum((1, 2))
-    norms, left = norms_of_grams(torch.bmm(g, g.mT), torch.bmm(x, x.mT))
+    norms, left = norms_of_grams(batched(g, g.mT), batched(x, x.mT))
     for n in eaten(left):
         norms[n] = (g[n].T @ x[n]).square().sum()
     return norms

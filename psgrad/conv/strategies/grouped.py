@@ -37,12 +37,13 @@ class Grouped(Strategy):
         """F FLOPs in a call a chunk, at a backend's rate for its groups; a chunk's result is copied."""
         chunk = self._chunk(problem)
         written = (2.7 if verb == "sq_norms" else 2.0) * problem.gradient_bytes
+        one_element = problem.geometry.kernel_positions == 1
         return Cost(
             flops=problem.flops,
             bytes=problem.samples * (operand_bytes(problem) / 4 + written),
             calls=3 * -(-problem.samples // chunk),
             peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
-            slowdown=backend_slowdown(problem),
+            slowdown=backend_slowdown(problem) * (ONE_ELEMENT if one_element else 1.0),
         )
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
@@ -63,6 +64,10 @@ class Grouped(Strategy):
         the time on nine of twelve layers, 1.13 on one, with 8 MiB in place of 4; 16 MiB vary more).
         """
         return samples_per_chunk(problem, (operand_bytes(problem) // 2 + problem.gradient_bytes) // 2)
+
+
+ONE_ELEMENT = 1.2
+"""Times as long takes a kernel of one element, which `unfold` copies nothing for."""
 
 
 def _in_one_call(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:

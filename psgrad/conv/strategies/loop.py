@@ -8,6 +8,7 @@ from torch import Tensor
 
 from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.products import slowdown_of_products
 from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
@@ -37,7 +38,10 @@ class Loop(Strategy):
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs in N calls at a backend's rate; of several samples every gradient is copied or squared."""
         p, one = problem, with_samples(problem, 1)
-        slowdown = 1.0 if as_product(one) is not None else backend_slowdown(one)
+        slowdown = backend_slowdown(one)
+        if as_product(one) is not None:
+            inner = p.rows_per_sample * p.positions
+            slowdown = slowdown_of_products(one.flops / p.groups, inner, p.dtype, p.device)
         if p.samples > 1 and p.groups > 1 and p.in_per_group > 1:
             slowdown *= 1.5  # one sample's groups keep threads less busy than all samples' do
         written = 1 if p.samples == 1 else 3

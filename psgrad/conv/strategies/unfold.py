@@ -14,6 +14,7 @@ from torch import Tensor
 from psgrad.conv.half import is_emulated
 from psgrad.conv.patches import patches, patches_by_row, patches_by_window, rows_of_phases
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.products import batched, by_onednn, mkl_slowdown, slowdown_of_products
 from psgrad.conv.reused import borrowed
 from psgrad.conv.scratch import scratch
 from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunks, samples_per_chunk
@@ -53,12 +54,15 @@ class Unfold(Strategy):
         duplicates = _duplicates(p)
         copied = 0.4 if not duplicates else 1.6 if order == "position" else 0.6
         written = 1.4 if verb == "sq_norms" else 0.7
+        moved = copied * unfolded + written * p.gradient_bytes
+        if verb == "sq_norms" and mkl_slowdown(p.dtype, p.device) > 1:
+            moved *= ONEDNN_MOVES
         temporary = unfolded + (p.gradient_bytes if _is_temporary(problem, verb) else 0)
         return Cost(
             flops=p.flops,
-            bytes=p.samples * (copied * unfolded + written * p.gradient_bytes),
+            bytes=p.samples * moved,
             calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
-            slowdown=_slowdown(p, verb),
+            slowdown=_slowdown(p, verb) * slowdown_of_products(*_one_product(p, order), p.dtype, p.device),
             peak_bytes=min(self._chunk(problem, verb), p.samples) * temporary,
             fast_in_half=True,
         )
@@ -76,14 +80,16 @@ class Unfold(Strategy):
     ) -> Iterator[tuple[Tensor, slice]]:
         """See `Strategy.kept_in_chunks`; the gradients lie in memory that is used again and again."""
         order, p = _order_in_memory(x, problem, "sq_norms"), _widened(problem)
-        for part, rows, here in chunks(p, self._chunk(problem, "sq_norms")):
+        as_made = _as_made(p, order)
+        for part, rows, here in chunks(p, 1 if as_made else self._chunk(problem, "sq_norms")):
             left, right = x[rows].to(p.dtype), grad[rows].to(p.dtype)
-            grads = scratch("gradients", _shape(part, order), left)
-            _products(left, right, part, order, grads)
-            yield _as_weights(grads, part, order), here
+            out = None if as_made else scratch("gradients", _shape(part, order), left)
+            yield _as_weights(_products(left, right, part, order, out), part, order), here
 
     def _written(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, verb: Verb) -> Tensor:
         order, p = _order_in_memory(x, problem, verb), _widened(problem)
+        if p.samples == 1 and _as_made(p, order):
+            return _as_weights(_products(x, grad, p, order), p, order)
         out = borrowed(_shape(p, order), x)
         for part, rows, here in chunks(p, self._chunk(problem, verb)):
             if p.dtype == out.dtype:
@@ -103,11 +109,20 @@ class Unfold(Strategy):
         return samples_per_chunk(p, _unfolded_bytes(p, order) + written)
 
 
-ALONE, STRIDED = 1.05, 1.1
-"""Times as long takes one sample's product, which threads share, and norms where a strided kernel overlaps.
+ALONE, ALONE_ON_FEW, STRIDED = 1.05, 1.25, 1.1
+"""Times as long takes one sample's product, which threads share, that of few positions, and norms where a
+strided kernel overlaps.
 
-Fitted to 157 and 169 cells on CPUs of two makes: on both, more choices are within 10 % of the best.
+Fitted to 157 to 432 cells on CPUs of three makes: on none of them fewer choices are within 10 % of the best.
 """
+FEW_POSITIONS = 16
+THIN = 16
+"""Columns below which MKL, where it is slow, takes twice the time."""
+
+ONEDNN_MOVES = 1.6
+"""Times as much is moved for norms where oneDNN makes products, which take no place to write to."""
+CALLS = 4
+"""Times as large as for oneDNN a product must be for its sample to be unfolded and squared on its own."""
 
 ROW_BYTES = 2**20
 """Of windows, for every row of the kernel, from where a product for each is worth its call."""
@@ -120,8 +135,12 @@ def _widened(problem: WeightGradProblem) -> WeightGradProblem:
 
 
 def _slowdown(problem: WeightGradProblem, verb: Verb) -> float:
-    strided = max(problem.geometry.stride) > 1 and _duplicates(problem)
-    return (ALONE if problem.samples == 1 else 1.0) * (STRIDED if strided and verb == "sq_norms" else 1.0)
+    p = problem
+    few = p.positions <= FEW_POSITIONS and p.geometry.kernel_positions > 1
+    alone = (ALONE_ON_FEW if few else ALONE) if p.samples == 1 else 1.0
+    strided = max(p.geometry.stride) > 1 and _duplicates(p)
+    thin = mkl_slowdown(p.dtype, p.device) > 1 and p.weight_numel < THIN * p.groups * p.out_per_group
+    return alone * (STRIDED if strided and verb == "sq_norms" else 1.0) * (2.0 if thin else 1.0)
 
 
 def _is_temporary(problem: WeightGradProblem, verb: Verb) -> bool:
@@ -184,19 +203,40 @@ def windows_are_faster(problem: WeightGradProblem) -> bool:
     return piece * geometry.stride[-1] >= p.output_size[-1]
 
 
-def _products(x: Tensor, grad: Tensor, problem: WeightGradProblem, order: Order, out: Tensor) -> None:
-    """Write NG O(KT) @ NG (KT)(Ik), or its part for every row of the kernel, to `out`."""
+def _one_product(problem: WeightGradProblem, order: Order) -> tuple[float, int]:
+    """FLOPs of one of the products, and how many elements it adds up for each of its own."""
+    p = problem
+    inner = p.rows_per_sample * p.positions
+    return 2.0 * p.out_per_group * _shape(p, order)[4] * inner, inner
+
+
+@lru_cache(maxsize=4096)
+def _as_made(problem: WeightGradProblem, order: Order) -> bool:
+    """Whether a sample's gradient is left where its product was made: oneDNN's take no place to write to."""
+    p, (flops, inner) = problem, _one_product(problem, order)
+    return order != "row" and p.groups == 1 and by_onednn(flops / CALLS, inner, p.dtype, p.device)
+
+
+def _products(
+    x: Tensor, grad: Tensor, problem: WeightGradProblem, order: Order, out: Tensor | None = None
+) -> Tensor:
+    """NG O(KT) @ NG (KT)(Ik), or its part for every row of the kernel, in `out` if there is one."""
     p = problem
     # (NK)(GO)T -> NK GO T -> NGO KT -> NG O(KT)
     left = grad.reshape(p.samples, p.rows_per_sample, p.groups, p.out_per_group, p.positions)
     left = left.permute(0, 2, 3, 1, 4).flatten(3)
     if order == "row":
+        out = grad.new_empty(_shape(p, order)) if out is None else out
         left = left.flatten(0, 1)
         for part, right in zip(out.flatten(1, 2), patches_by_row(x, p, p.samples), strict=True):
-            torch.bmm(left, right, out=part)
-        return
+            batched(left, right, part)
+        return out
     right = patches_by_window(x, p, p.samples) if order == "window" else patches(x, p, p.samples).mT
-    torch.matmul(left, right, out=out[0])
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    if out is None:
+        return batched(left, right).view(_shape(p, order))
+    batched(left, right, out[0].flatten(0, 1))
+    return out
 
 
 def _shape(problem: WeightGradProblem, order: Order) -> tuple[int, ...]:

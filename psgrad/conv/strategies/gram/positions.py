@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psgrad.conv.problem import WeightGradProblem
 
-__all__ = ["positions_gram"]
+__all__ = ["gram", "positions_gram"]
 
 
 def positions_gram(t: Tensor, problem: WeightGradProblem, positions: int) -> Tensor:
@@ -15,12 +15,15 @@ def positions_gram(t: Tensor, problem: WeightGradProblem, positions: int) -> Ten
     n, k, groups = problem.samples, problem.rows_per_sample, problem.groups
     if n == 0:
         return t.new_zeros(0, k * positions, k * positions)
-    if k * positions == 1:  # a batch of dot products is slow as a batch of matrix products
-        rows = t.reshape(n * groups, -1)
-        return torch.linalg.vecdot(rows, rows).reshape(-1, 1, 1)
     if k == 1:
-        columns = t.reshape(n * groups, -1, positions)
-    else:
-        by_row = t.reshape(n, k, groups, t.shape[1] // groups, positions)
-        columns = by_row.permute(0, 2, 3, 1, 4).reshape(n * groups, t.shape[1] // groups, k * positions)
+        return gram(t.reshape(n * groups, -1, positions))
+    by_row = t.reshape(n, k, groups, t.shape[1] // groups, positions)
+    return gram(by_row.permute(0, 2, 3, 1, 4).reshape(n * groups, t.shape[1] // groups, k * positions))
+
+
+def gram(columns: Tensor) -> Tensor:
+    """B C T -> B T T."""
+    if columns.shape[2] == 1:  # a batch of dot products is slow as a batch of matrix products
+        columns = columns.flatten(1)
+        return torch.linalg.vecdot(columns, columns).reshape(-1, 1, 1)
     return torch.bmm(columns.mT, columns)  # `@` takes a dozen of calls to come here

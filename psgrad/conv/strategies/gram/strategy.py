@@ -9,8 +9,9 @@ S need not unfold x: with the Gram R[u,u'] = <x_u, x_u'> of single input positio
     S[t,t'] = sum over kernel offsets d of R[s t + dil d - p, s t' + dil d - p],
 
 a sum of shifted copies of R that separates axis by axis. With a stride s only input positions of one
-residue class modulo s meet, so R is made per class. This is the "ghost" norm of Bu et al. (2022) and Li
-et al. (2022) at the cost `T_in^2 C_in + T^2 C_out` in place of `T^2 (C_in k + C_out)`.
+residue class modulo s meet, so R is made per class; or, where windows hardly overlap, S of x unfolded. This
+is the "ghost" norm of Bu et al. (2022) and Li et al. (2022) at the cost `T_in^2 C_in + T^2 C_out` in place of
+`T^2 (C_in k + C_out)`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.patches import patches
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.products import mkl_slowdown
 from psgrad.conv.strategies.base import (
     Cost,
     Strategy,
@@ -36,6 +38,7 @@ from psgrad.conv.strategies.gram.cancellation import eaten, norms_of_grams
 from psgrad.conv.strategies.gram.mapped import few_positions, map_cost, mapped
 from psgrad.conv.strategies.gram.positions import positions_gram
 from psgrad.conv.strategies.gram.shifted import largest_phase, shift_cost, shifted
+from psgrad.conv.strategies.gram.unfolded import few_overlap, unfolded, unfolded_cost
 from psgrad.conv.strategies.loop import Loop
 
 __all__ = ["Gram"]
@@ -64,16 +67,17 @@ class Gram(Strategy):
         """Two Gram matrices, S from one of them, and the sum over their product."""
         p = problem
         side = p.rows_per_sample * p.positions
-        flops, moved, calls = (map_cost if few_positions(p) else shift_cost)(p)
+        flops, moved, calls = _WAYS[_way(p)][1](p)
         flops += 2.0 * side**2 * p.groups * p.out_per_group
         moved += 4.0 * p.groups * side**2
-        size = accumulation_dtype(p.dtype).itemsize
+        dtype = accumulation_dtype(p.dtype)
         chunks = -(-p.samples // samples_per_chunk(p, self._bytes(p)))
         return Cost(
             flops=p.samples * flops,
-            bytes=3.0 * p.samples * moved * size,
+            bytes=3.0 * p.samples * moved * dtype.itemsize,
             calls=chunks * (8 + calls) // 2,
             peak_bytes=min(samples_per_chunk(p, self._bytes(p)), p.samples) * self._bytes(p),
+            slowdown=1.0 if _way(p) == "mapped" else mkl_slowdown(dtype, p.device),
             fast_in_half=True,
         )
 
@@ -102,8 +106,12 @@ class Gram(Strategy):
     def _bytes(problem: WeightGradProblem) -> int:
         """Bytes of one sample's largest temporaries: D, S, and R with its sums."""
         p = problem
-        inputs = prod(p.input_size) if few_positions(p) else largest_phase(p)
-        entries = 2 * p.rows_per_sample**2 * (p.positions**2 + inputs**2)
+        if _way(p) == "unfolded":
+            window = p.in_per_group * p.geometry.kernel_positions
+            entries = p.rows_per_sample * p.positions * (2 * p.rows_per_sample * p.positions + window)
+        else:
+            inputs = prod(p.input_size) if few_positions(p) else largest_phase(p)
+            entries = 2 * p.rows_per_sample**2 * (p.positions**2 + inputs**2)
         return p.groups * entries * accumulation_dtype(p.dtype).itemsize
 
 
@@ -117,5 +125,19 @@ def _norms_of_one_position(x: Tensor, grad: Tensor, problem: WeightGradProblem) 
 def _norms(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> tuple[Tensor, Tensor]:
     """Squared norms `[N]`, and what is left of them above the share that cancellation may eat."""
     d = positions_gram(grad, problem, problem.positions)
-    s = mapped(x, problem) if few_positions(problem) else shifted(x, problem)
-    return norms_of_grams(d, s, problem.groups)
+    make, _ = _WAYS[_way(problem)]
+    return norms_of_grams(d, make(x, problem), problem.groups)
+
+
+_WAYS = {
+    "unfolded": (unfolded, unfolded_cost),
+    "mapped": (mapped, map_cost),
+    "shifted": (shifted, shift_cost),
+}
+"""Of making S, with what each costs."""
+
+
+def _way(problem: WeightGradProblem) -> str:
+    if few_overlap(problem):
+        return "unfolded"
+    return "mapped" if few_positions(problem) else "shifted"
