@@ -8,6 +8,7 @@ from psgrad.conv.planner import choose
 from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES, correlate
 from tests import oracle
+from tests.machines import AMD, INTEL, on
 
 CORRELATE = STRATEGIES["correlate"]
 LAYERS = {
@@ -83,3 +84,46 @@ def test_the_planner_takes_it_for_3d_layers_on_short_vectors(short):
     x = torch.empty(1, 64, *size).expand(4, 64, *size)
     problem = normalise(x, x, shape, geometry)[2]
     assert choose(problem, "grads").chosen == choose(problem, "sq_norms").chosen == "correlate"
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "size", "stride", "padding", "dilation"),
+    [
+        ((10,), (203,), 5, 2, 1),
+        ((3,), (40,), 1, 0, 4),
+        ((3, 5), (12, 17), 2, 1, 1),
+        ((2, 2, 2), (5, 4, 6), 1, 1, 2),
+    ],
+)
+def test_samples_of_one_channel_are_the_groups(samples, rows, kernel, size, stride, padding, dilation):
+    geometry, shape = ConvGeometry(kernel, stride, padding, dilation), (6, 1, *kernel)
+    x = torch.randn(samples * rows, 1, *size)
+    grad = torch.randn(samples * rows, 6, *geometry.output_size(size))
+    expected = oracle.weight_grads(
+        x.double(),
+        grad.double(),
+        shape,
+        rows_per_sample=rows,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+    with on(AMD):
+        normalised = normalise(x, grad, shape, geometry, rows)
+        assert CORRELATE.refusal(normalised[2], "grads") is None
+        grads, norms = CORRELATE.grads(*normalised), CORRELATE.sq_norms(*normalised)
+    torch.testing.assert_close(grads.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norms.double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+    with on(INTEL):
+        assert "not depthwise" in CORRELATE.refusal(normalised[2], "grads")
+
+
+def test_the_planner_takes_it_for_audio_where_products_are_slow():
+    geometry, x = ConvGeometry((10,), 5), torch.empty(8, 1, 8000)
+    problem = normalise(x, torch.empty(8, 128, 1599), (128, 1, 10), geometry)[2]
+    with on(AMD):
+        assert choose(problem, "grads").chosen == choose(problem, "sq_norms").chosen == "correlate"
+        alone = normalise(x[:1], torch.empty(1, 128, 1599), (128, 1, 10), geometry)[2]
+        assert choose(alone, "grads").chosen == "loop"

@@ -152,7 +152,7 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
         return 1.0
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
-    slow_in_1d = p.in_per_group == p.samples == 1 or mkl_slowdown(p.dtype, p.device) == 1
+    slow_in_1d = p.in_per_group == 1 or mkl_slowdown(p.dtype, p.device) == 1
     slowdown = 2.0 if rank == 1 and slow_in_1d else 1.0
     if p.samples == p.rows_per_sample == 1 and rank == 2 and max(p.geometry.stride) > 1:
         slowdown = 1.25
