@@ -159,7 +159,8 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     elif mkl_is_slow() and p.samples == p.rows_per_sample == 1 and rank == 2 and 32 < p.positions <= 64:
         slowdown = 1.5
     elif p.samples == 1 and rank == 3 and p.geometry.kernel_positions > 1 and p.in_per_group >= 16:
-        slowdown = 1 + (200 if mkl_is_slow() else 50) / p.out_per_group  # the price of an unfolded copy
+        dear = mkl_is_slow() and p.rows_per_sample == 1
+        slowdown = 1 + (200 if dear else 50) / p.out_per_group  # the price of an unfolded copy
     if p.out_per_group < 8:
         return slowdown * (50.0 if p.out_per_group < 4 else 20.0)
     if p.in_per_group == 8 and p.dtype.itemsize <= 4:  # a part of a vector of them, and a kernel of its own
@@ -173,7 +174,10 @@ def ordinary_slowdown(problem: WeightGradProblem) -> float:
     """How many times slower than a good matrix product a backend makes the sum over all of the problem."""
     p = problem
     one = backend_slowdown(replace(p, samples=1, rows_per_sample=p.samples * p.rows_per_sample))
-    return one / 2 if len(p.input_size) == 1 and p.groups == 1 else one  # 1-D layers are slow alone
+    slow_alone = len(p.input_size) == 1 and p.groups == 1  # as 1-D layers are
+    if p.in_per_group == 1 and mkl_slowdown(p.dtype, p.device) > 1:
+        slow_alone = False
+    return one / 2 if slow_alone else one
 
 
 def operand_bytes(problem: WeightGradProblem) -> int:
