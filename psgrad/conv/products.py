@@ -26,7 +26,7 @@ __all__ = [
 LARGE = 2**24
 """FLOPs of one product from where oneDNN's call, one a product, is worth it.
 
-Over 650 products of 8 to 4608 rows and columns: 1.2 times MKL's time from 2**22, 0.81 from 2**24, 0.5
+Over 715 products of 8 to 4608 rows and columns: 1.2 times MKL's time from 2**22, 0.81 from 2**24, 0.5
 from 2**28.
 """
 LEAST_INNER = 48
