@@ -57,7 +57,8 @@ def short_vectors() -> bool:
 def mkl_is_slow() -> bool:
     """Whether MKL, by which PyTorch multiplies float32 matrices, uses half of this CPU's vectors.
 
-    With another maker's processor it stays with 8 floats where 16 would fit.
+    With another maker's processor it stays with 8 floats where 16 would fit, which oneDNN uses.
     """
-    cpu = processor()
-    return cpu.vendor == "AuthenticAMD" and cpu.instructions == "AVX512" and torch.backends.mkl.is_available()
+    cpu, libraries = processor(), (torch.backends.mkl, torch.backends.mkldnn)
+    there = all(library.is_available() for library in libraries)
+    return there and cpu.vendor == "AuthenticAMD" and cpu.instructions == "AVX512"

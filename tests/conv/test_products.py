@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from psgrad.conv import ConvGeometry, products, weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad import PerSampleGrads, clip_per_sample
+from psgrad.conv import ConvGeometry, products
 from psgrad.conv.choice import plan
 from psgrad.conv.products import add_product, batched, by_onednn, product
 from tests.machines import AMD, AMD_AVX2, INTEL, on
@@ -97,44 +99,25 @@ def test_only_plain_matrices_are_left_to_it(taken):
     assert product(nan, a).isnan().all()
 
 
-# channels, size, kernel, stride, padding
-LAYERS = {
-    "3x3": (8, 16, (9, 11), 3, 1, 1),
-    "1x1": (16, 12, (7, 5), 1, 1, 0),
-    "1x1/2": (16, 12, (7, 5), 1, 2, 0),
-    "2x2/2": (5, 16, (8, 6), 2, 2, 0),
-    "large": (16, 16, (40, 40), 3, 1, 1),
-}
-
-
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is left to oneDNN")
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("positions", [(), (3,), (17, 2)])
 @pytest.mark.parametrize("samples", [1, 5])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("strategy", ["unfold", "loop"])
-def test_what_layers_make_of_them_is_right(taken, layer, samples, layout, strategy):
-    inputs, outputs, size, kernel, stride, padding = LAYERS[layer]
-    geometry = ConvGeometry((kernel, kernel), stride, padding)
-    x = torch.randn(samples, inputs, *size).to(memory_format=layout)
-    shape = outputs, inputs, kernel, kernel
-    output = torch.nn.functional.conv2d(x, torch.randn(shape), None, stride, padding)
-    grad = torch.randn_like(output).to(memory_format=layout)
-    of = torch.nn.grad.conv2d_weight
-    parts = zip(x.double().split(1), grad.double().split(1), strict=True)
-    expected = torch.stack([of(a, shape, g, stride, padding) for a, g in parts])
-    close = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())}
-    found = weight_grads(x, grad, shape, geometry, strategy)
-    torch.testing.assert_close(found.double(), expected, **close)
-    assert found.is_contiguous()
-    norms = weight_grad_sq_norms(x, grad, shape, geometry, strategy)
-    torch.testing.assert_close(norms.double(), expected.square().sum((1, 2, 3, 4)), rtol=1e-4, atol=0.0)
-    factors = torch.rand(samples)
-    total = weighted_weight_grad(x, grad, shape, geometry, factors)
-    torch.testing.assert_close(
-        total.double(), torch.einsum("n,n...->...", factors.double(), expected), **close
-    )
-    if strategy == "unfold":
-        assert taken
+def test_linear_layers_go_through_it(taken, positions, samples):
+    layer, x = nn.Linear(12, 7), torch.randn(samples, *positions, 12)
+    factor = torch.randn(samples, *positions, 7)
+    grads = torch.einsum("n...o,n...i->noi", factor.double(), x.double())
+    biases = factor.double().reshape(samples, -1, 7).sum(1)
+    norms = (grads.square().sum((1, 2)) + biases.square().sum(1)).sqrt()
+    with PerSampleGrads(layer, "sum"):
+        (layer(x) * factor).sum().backward()
+    torch.testing.assert_close(layer.weight.grad_sample.double(), grads, rtol=1e-5, atol=1e-5)
+    layer.zero_grad()
+    with clip_per_sample(layer, 2.0, loss_reduction="sum") as clip:
+        (layer(x) * factor).sum().backward()
+    torch.testing.assert_close(clip.result.norms.double(), norms, rtol=1e-5, atol=0.0)
+    clipped = torch.einsum("n,noi->oi", (2.0 / norms).clamp(max=1), grads)
+    torch.testing.assert_close(layer.weight.grad.double(), clipped, rtol=1e-4, atol=1e-5)
+    assert taken
 
 
 def test_the_planner_knows_of_both_libraries():

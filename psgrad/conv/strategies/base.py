@@ -13,7 +13,6 @@ from torch import Tensor
 
 from psgrad.conv.numerics import RunningSum, accumulation_dtype, drop_removed, squared_norms
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.processor import mkl_is_slow
 from psgrad.conv.products import mkl_slowdown
 
 __all__ = ["Cost", "Strategy", "Verb"]
@@ -152,14 +151,14 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
         return 1.0
     if p.in_per_group == 1 and p.out_per_group < 8 and p.groups > 1:
         return 12.0 if p.geometry.kernel_size == (3, 3) else 32.0 if rank == 1 else 45.0
-    slow_in_1d = p.in_per_group == 1 or mkl_slowdown(p.dtype, p.device) == 1
-    slowdown = 2.0 if rank == 1 and slow_in_1d else 1.0
+    slow_products = mkl_slowdown(p.dtype, p.device) > 1
+    slowdown = 2.0 if rank == 1 and (p.in_per_group == 1 or not slow_products) else 1.0
     if p.samples == p.rows_per_sample == 1 and rank == 2 and max(p.geometry.stride) > 1:
         slowdown = 1.25
-    elif mkl_is_slow() and p.samples == p.rows_per_sample == 1 and rank == 2 and 32 < p.positions <= 64:
+    elif slow_products and p.samples == p.rows_per_sample == 1 and rank == 2 and 32 < p.positions <= 64:
         slowdown = 1.5
     elif p.samples == 1 and rank == 3 and p.geometry.kernel_positions > 1 and p.in_per_group >= 16:
-        dear = mkl_is_slow() and p.rows_per_sample == 1
+        dear = slow_products and p.rows_per_sample == 1
         slowdown = 1 + (200 if dear else 50) / p.out_per_group  # the price of an unfolded copy
     if p.out_per_group < 8:
         return slowdown * (50.0 if p.out_per_group < 4 else 20.0)

@@ -91,9 +91,7 @@ def _slowdown(problem: WeightGradProblem) -> float:
     if problem.device.type == "cuda":
         return 30.0  # not measured: the others go first
     offsets, rank = problem.geometry.kernel_positions, len(problem.input_size)
-    if (
-        problem.in_per_group > 1
-    ):  # the rates are of longer vectors, and what the others take is relative to them
+    if problem.in_per_group > 1:  # against what the others are said to take, at rates of longer vectors
         return 0.75 if rank == 2 else 0.6
     if problem.groups == 1:
         return 8.0 if problem.samples == 1 else 1.0 if rank == 1 else 2.0
