@@ -77,7 +77,7 @@ def _is_of_one_channel(problem: WeightGradProblem) -> bool:
     """Whether a layer has one input channel, so that samples are the groups of a depthwise convolution.
 
     On a CPU whose matrix products are slow it took 0.5 to 1.1 of the time of the best other strategy, on
-    eleven layers of 8 to 256 samples; of one sample 0.85 to 2.3. With fast products it draws or loses.
+    eleven layers of 8 to 256 samples; of one sample 0.85 to 2.3. Where products are fast it was not measured.
     """
     p = problem
     return p.in_per_group == p.groups == 1 and mkl_slowdown(p.dtype, p.device) > 1
