@@ -9,6 +9,7 @@ which for K separate scalar losses is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ def eager_losses(
     losses = []
     for k in range(len(randomness)):
         own = {t: part[k] for t, part in parts.items()}
-        for t in trained:
-            own[t].requires_grad_()
+        for i, t in enumerate(trained):
+            gradients.expect(k, i, own[t].requires_grad_())
         with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
             with randomness.of(k):
                 loss = compute(k)
@@ -127,7 +128,8 @@ def _uses(tensor: Tensor) -> int:
 class _Gradients:
     """Gradients of K members, stacked as they come.
 
-    Each is copied into its place at once, out of memory that the next member's then uses again.
+    A large one is copied into its place as soon as autograd has it, out of the processor's cache, and its
+    memory is free for the next one: a member's gradients are never all there twice.
     """
 
     def __init__(self, parameters: int, members: int, kept: KeptBlocks) -> None:
@@ -136,22 +138,42 @@ class _Gradients:
         self.stacked: list[Tensor | None] = [None] * parameters
         """`[K, ...]`; None for a parameter that no member uses, which has no gradient alone either."""
         self._places: list[Sequence[Tensor]] = [()] * parameters
+        self._early: set[int] = set()
+        """Which of the present member's are in their places already."""
+
+    def expect(self, k: int, i: int, leaf: Tensor) -> None:
+        """Copy the gradient of a large leaf, member k's parameter i, when it is there."""
+        if leaf.nbytes >= _LARGE:
+            leaf.register_hook(partial(self._copied, k, i))
 
     def put(self, k: int, grads: Sequence[Tensor | None]) -> None:
         """Take member k's, whose turn is after member k - 1's; None counts as zero where others have one."""
-        found = [grad for grad in grads if grad is not None]
-        if len(found) == len(grads) and all(self._places):
-            torch._foreach_copy_([places[k] for places in self._places], found)
+        rest = [i for i in range(len(grads)) if i not in self._early]
+        self._early.clear()
+        found = [grad for i in rest if (grad := grads[i]) is not None]
+        if len(found) == len(rest) and all(self._places):
+            if found:
+                torch._foreach_copy_([self._places[i][k] for i in rest], found)
             return
-        for i, grad in enumerate(grads):
-            if grad is not None and not self._places[i]:
-                block = self.stacked[i] = self._kept.take(grad, self._members)
-                self._places[i] = block.unbind()
-                block[:k].zero_()
+        for i in rest:
+            grad = grads[i]
             if grad is not None:
-                self._places[i][k].copy_(grad)
+                self._place(k, i, grad).copy_(grad)
             elif self._places[i]:
                 self._places[i][k].zero_()
+
+    def _copied(self, k: int, i: int, grad: Tensor) -> Tensor:
+        """Copy it into its place, and return that in its stead."""
+        self._early.add(i)
+        return self._place(k, i, grad).copy_(grad)
+
+    def _place(self, k: int, i: int, grad: Tensor) -> Tensor:
+        """Member k's part of the stack for gradients like this one."""
+        if not self._places[i]:
+            block = self.stacked[i] = self._kept.take(grad, self._members)
+            self._places[i] = block.unbind()
+            block[:k].zero_()
+        return self._places[i][k]
 
 
 class _Losses(torch.autograd.Function):

@@ -88,24 +88,26 @@ def test_a_retained_graph_gives_the_gradients_again() -> None:
 
 
 class _Routed(nn.Module):
-    """Takes one of two layers, by the sign of a weight."""
+    """Takes one of two layers, by the sign of a weight, and then a third twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.tensor(1.0), requires_grad=False)
-        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.left, self.right, self.twice = (nn.Linear(size, size) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.left(x) if self.gate > 0 else self.right(x)
+        h = self.left(x) if self.gate > 0 else self.right(x)
+        return self.twice(self.twice(h).tanh())
 
 
+@pytest.mark.parametrize("size", [4, 600])
 @pytest.mark.parametrize("right", [(0,), (1, 2), (2,), (0, 1, 2)])
-def test_a_parameter_that_some_members_do_not_use_has_zeros_there(right: tuple[int, ...]) -> None:
-    modules = [_Routed() for _ in range(3)]
+def test_a_parameter_that_some_members_do_not_use_has_zeros_there(right: tuple[int, ...], size: int) -> None:
+    modules = [_Routed(size) for _ in range(3)]
     for k in right:
         modules[k].gate.data.neg_()
     ens = Ensemble.from_modules(modules, strategy="loop")
-    x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)
+    x, y = torch.randn(5, size), torch.zeros(5, dtype=torch.int64)
     ens.loss(F.cross_entropy, x, y).sum().backward()
     for module in modules:
         F.cross_entropy(module(x), y).backward()
