@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from psgrad import ConfigError, clip_per_sample
 from psgrad.clipping import STYLES
+from psgrad.conv import ConvGeometry, clipping_keeps_grads
 from psgrad.ensemble import Ensemble
 from tests.capture.test_capture import MODELS, make
 from tests.clipping.test_styles import CASES, Net, oracle
@@ -168,6 +169,17 @@ def test_peak_memory_is_that_of_ordinary_training_and_the_budget(budget):
         # one layer's: the output's gradient, the same once more scaled, the input's, and one of torch's
         assert more <= held + 4 * of_a_layer
         assert budget > 9 * MIB or more <= 4 * of_a_layer
+
+
+def test_within_a_budget_the_form_that_takes_less_is_held_not_the_faster_one():
+    model, x = nn.Conv2d(16, 16, 3, padding=1, bias=False), torch.randn(64, 16, 6, 6)
+    operands, gradients = 2 * x.nbytes, 64 * model.weight.nbytes
+    assert 2 * operands <= gradients
+    geometry = ConvGeometry(3, padding=1)
+    assert clipping_keeps_grads(x, x, model.weight.shape, geometry)  # where nobody minds the memory
+    with clip_per_sample(model, 0.1, "sum", memory_budget=operands + 1000) as clip:
+        model(x).square().sum().backward()
+    assert clip.result.passes == 1
 
 
 class Deep(nn.Module):
