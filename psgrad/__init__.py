@@ -10,6 +10,7 @@ from psgrad.errors import (
     ShapeError,
     StrategyError,
 )
+from psgrad.freed_memory import keep_freed_memory
 from psgrad.grad_norms import GradNorms
 from psgrad.independence import check_rows_independent
 from psgrad.per_sample import PerSampleGrads
@@ -29,4 +30,5 @@ __all__ = [
     "check_loss_reduction",
     "check_rows_independent",
     "clip_per_sample",
+    "keep_freed_memory",
 ]

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError
+from psgrad import ConfigError, PsgradError, keep_freed_memory
 from psgrad.bench import ensemble_report, machine
 from psgrad.bench.ensemble import Cell, EnsembleResult, measure_cell
 from psgrad.bench.ensemble_models import MODELS
@@ -58,6 +58,8 @@ class BenchEnsemble(Settings):
     """Time for a cell. One that has no round by then is left out, and named in the report."""
     memory: bool = True
     """Measure peak memory as well."""
+    keep_freed: bool = True
+    """Have processes keep memory that they free, for all alike: `psgrad.keep_freed_memory`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     quick: bool = False
@@ -79,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     require_extra()
     if settings.quick:
         settings = settings.model_copy(update=QUICK)
+    if settings.keep_freed:
+        keep_freed_memory()
     unknown = [name for name in settings.models if name not in MODELS]
     if unknown:
         raise ConfigError(f"models: no {', '.join(unknown)}; there are {', '.join(MODELS)}")

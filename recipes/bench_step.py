@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError
+from psgrad import ConfigError, PsgradError, keep_freed_memory
 from psgrad.bench import machine, step_report
 from psgrad.bench.report import require_extra
 from psgrad.bench.step import StepResult, measure_step
@@ -48,6 +48,8 @@ class BenchStep(Settings):
     """Who would hold more than half of this in per-sample gradients is not run."""
     largest_batch_gib: Annotated[float, Field(ge=0)] = 0.0
     """Search the largest batch whose step fits this much memory: minutes a model; 0 for no search."""
+    keep_freed: bool = True
+    """Have the process keep memory that it frees, for all alike: `psgrad.keep_freed_memory`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     quick: bool = False
@@ -70,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [parse_case(case) for case in (QUICK if settings.quick else settings.cases)]
     makers = chosen(settings.contenders)
     rounds = 3 if settings.quick else settings.rounds
+    if settings.keep_freed:
+        keep_freed_memory()
     # What the peers say once a layer; a layer that BackPACK does not know is in the report.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", message="Extension saving to grad_batch does not have")

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from psgrad import GradNorms, PsgradError, clip_per_sample
+from psgrad import GradNorms, PsgradError, clip_per_sample, keep_freed_memory
 from recipes.config import Settings, from_command_line
 from recipes.data import DataName, Images, load_images
 from recipes.models import small_cnn
@@ -164,6 +164,7 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main())
     except PsgradError as error:

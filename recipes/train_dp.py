@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from psgrad import PsgradError, clip_per_sample
+from psgrad import PsgradError, clip_per_sample, keep_freed_memory
 from psgrad.dp import PrivateOptimizer, PRVAccountant, epsilon_spent, noise_multiplier_for
 from recipes.augment import random_affine
 from recipes.config import Settings, from_command_line, from_table
@@ -210,6 +210,7 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main())
     except PsgradError as error:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError
+from psgrad import ConfigError, PsgradError, keep_freed_memory
 from psgrad.ensemble import SGD, Ensemble, MemberLoader
 from recipes.config import Settings, from_command_line, from_table
 from recipes.data import DataName, Images, load_images
@@ -231,6 +231,7 @@ def loop_seconds(settings: TrainEnsemble, ens: Ensemble, loader: MemberLoader) -
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main())
     except PsgradError as error:

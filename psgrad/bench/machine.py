@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from psgrad.conv.processor import processor
+from psgrad.freed_memory import freed_memory_is_kept
 
 __all__ = ["describe"]
 
@@ -26,6 +27,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "freed memory": "kept (psgrad.keep_freed_memory)" if freed_memory_is_kept() else "given back",
         "commit": _commit(),
     }
 

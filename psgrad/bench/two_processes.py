@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from psgrad.bench.ensemble_fits import Fit, loop
 from psgrad.bench.processes import fresh_processes
 from psgrad.errors import ConfigError, PsgradError
+from psgrad.freed_memory import freed_memory_is_kept, keep_freed_memory
 
 __all__ = ["PROCESSES", "shares", "two_processes"]
 
@@ -95,7 +96,9 @@ class _Worker:
     def __init__(self, models: list[nn.Module]) -> None:
         context = fresh_processes(PRELOAD)
         self._here, there = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_work, args=(there,), daemon=True)
+        self._process: BaseProcess = context.Process(
+            target=_work, args=(there, freed_memory_is_kept()), daemon=True
+        )
         try:
             self._process.start()
             there.close()
@@ -132,8 +135,10 @@ def _close(workers: Sequence[_Worker]) -> None:
         worker.close()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, keep_freed: bool) -> None:
     """Run in the process: answer until the pipe is closed."""
+    if keep_freed:
+        keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
     fit: Fit | None = None

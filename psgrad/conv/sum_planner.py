@@ -105,8 +105,8 @@ def live_in_sum(problem: WeightGradProblem) -> LiveKernel | None:
     """Return how a weighted sum crops the kernel, or None if it does not."""
     if problem.positions > 1 or problem.groups > 1:
         return worth_cropping(problem, 1)
-    # A dense layer's one position is a product, whose zeros cost less than to put them back: but for zeros around
-    # single elements, where MKL is slow (512-512 3x3 @1, 4 to 128 samples: 0.12 to 0.37 times the time).
+    # A dense layer's one position is a product, whose zeros cost less than to put them back: but for zeros
+    # around single elements, where MKL is slow (512-512 3x3 @1, 4 to 128 samples: 0.12 to 0.37 of the time).
     live = live_kernel(problem)
     single = live is not None and live.problem.geometry.kernel_positions == 1
     return live if single and mkl_slowdown(problem.dtype, problem.device) > 1 else None

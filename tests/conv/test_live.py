@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psgrad.conv import ConvGeometry, live, weight_grads, weighted_weight_grad
 from psgrad.conv.live import live_kernel, worth_cropping
 from psgrad.conv.problem import normalise, problem_of
+from psgrad.conv.sum_planner import live_in_sum
 from psgrad.conv.verbs import kept_weight_grads
 from tests import oracle
+from tests.machines import AMD, INTEL, on
 from tests.problems import ConvProblem, conv_problems
 
 
@@ -82,6 +84,20 @@ def test_a_dense_kernel_is_cropped_only_where_that_saves_more_than_the_zeros_cos
     assert worth(8, 64, 8, 8, results=8, dilation=12)  # one of nine offsets
     assert not worth(8, 64, 1, 4, results=8)
     assert worth(64, 64, 1, 16, results=1)  # one gradient, of all samples
+
+
+def test_zeros_go_around_single_elements_where_that_is_faster_than_their_products() -> None:
+    torch.manual_seed(0)
+    x, grad, factors = torch.randn(8, 16, 1, 1), torch.randn(8, 32, 1, 1), torch.rand(8)
+    shape, geometry = (32, 16, 3, 3), ConvGeometry(3, padding=1)
+    expected = torch.einsum("n,no,ni->oi", factors.double(), grad[..., 0, 0].double(), x[..., 0, 0].double())
+    for machine, cropped in ((AMD, True), (INTEL, False)):
+        with on(machine):
+            summed = weighted_weight_grad(x, grad, shape, geometry, factors)
+            found = live_in_sum(problem_of(x, grad, shape, geometry))
+        assert (found is not None) is cropped
+        torch.testing.assert_close(summed[:, :, 1, 1].double(), expected, rtol=1e-5, atol=1e-6)
+        assert int(summed.count_nonzero()) == expected.numel()
 
 
 @pytest.mark.parametrize("rate", [0, 10**9], ids=["cropped", "whole"])
