@@ -48,9 +48,10 @@ from psgrad.capture.survey import (
     why_hooked,
 )
 from psgrad.errors import CaptureError, ShapeError
-from psgrad.layers import LayerCall, LayerRule
+from psgrad.layers import LayerCall, LayerRule, why_samples_mix
 from psgrad.loss import LossCheck
 from psgrad.loss.starts import follow_inputs, unfollow_inputs
+from psgrad.module_tables import ModuleTables
 
 __all__ = ["Capture", "Consumer"]
 
@@ -108,6 +109,7 @@ class Capture:
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
         self._trainable = trainable_of(module)
+        self._remember()
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
         self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
@@ -188,7 +190,7 @@ class Capture:
         """Run the whole module, knowing how many rows its batch has."""
         rows = first_rows(args, kwargs)
         if torch.is_grad_enabled():
-            refuse_mixing(self._module)
+            self._refuse_mixing()
             self._check_trainable()
             if rows is None:
                 refuse_unseen(args, kwargs)
@@ -304,7 +306,7 @@ class Capture:
         self._recorder.forget_failed()
         region = self._own.region
         if region is None and self._root_rows is None:  # called by itself, not by the model's call
-            refuse_mixing(self._module)
+            self._refuse_mixing()
         if region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
             raise CaptureError(
                 f"{layer} was called again for a module that runs one sample at a time (one of "
@@ -378,8 +380,20 @@ class Capture:
 
         return record
 
+    def _remember(self) -> None:
+        """Take what the module consists of now for what it has been seen to consist of."""
+        self._tables = ModuleTables(self._module)
+        self._parameters = list(self._module.parameters())
+        self._trained = [p.requires_grad for p in self._parameters]
+
     def _check_trainable(self) -> None:
-        refuse_changed(self._trainable, trainable_of(self._module))
+        if not self._tables.hold() or [p.requires_grad for p in self._parameters] != self._trained:
+            refuse_changed(self._trainable, trainable_of(self._module))
+            self._remember()
         hooked = [f"{name}: {why}" for name, p in self._trainable.items() if (why := why_hooked(p))]
         if hooked:
             raise CaptureError("since psgrad was attached:\n  " + "\n  ".join(hooked))
+
+    def _refuse_mixing(self) -> None:
+        if not self._tables.hold() or any(map(why_samples_mix, self._tables.modules)):
+            refuse_mixing(self._module)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import TypeVar
 
 from torch import nn
 
+from psgrad.conv.hashed_once import HashedOnce
 from psgrad.errors import ShapeError
 
 __all__ = ["ConvGeometry", "IntOrInts", "Padding", "meets_padding_alone"]
@@ -21,7 +22,7 @@ Padding = str | int | Sequence[int] | Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, init=False)
-class ConvGeometry:
+class ConvGeometry(HashedOnce):
     """Kernel size, stride, padding, dilation, direction and groups of one convolution.
 
     Every argument takes an int or one int per spatial axis. An int is kept as a tuple of one
@@ -56,6 +57,8 @@ class ConvGeometry:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    __hash__ = HashedOnce.__hash__
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class ConvGeometry:
         longest = max(len(t) for t in tuples)
         return longest if longest > 1 or self.kernel_size else None
 
-    @property
+    @cached_property
     def kernel_positions(self) -> int:
         """Number of kernel offsets k = prod(kernel_size)."""
         return prod(self._kernel)
@@ -160,7 +163,7 @@ class ConvGeometry:
         """Whether each axis is padded by as much before as after."""
         return all(before == after for before, after in self.padding)
 
-    @property
+    @cached_property
     def symmetric_padding(self) -> tuple[int, ...]:
         """Padding per axis that every backend can do itself: the smaller of (before, after)."""
         return tuple(min(pair) for pair in self.padding)

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
+from psgrad.conv.hashed_once import HashedOnce
 from psgrad.errors import ShapeError, StrategyError
 
 __all__ = ["WeightGradProblem", "normalise", "problem_of"]
 
 
 @dataclass(frozen=True)
-class WeightGradProblem:
+class WeightGradProblem(HashedOnce):
     """The shapes of `dW[n, (g o), i, d] = sum_kt grad[(n k), (g o), t] * x[(n k), (g i), s t + dil d - p]`.
 
     Attributes
@@ -51,6 +52,8 @@ class WeightGradProblem:
     geometry: ConvGeometry
     dtype: torch.dtype
     device: torch.device
+
+    __hash__ = HashedOnce.__hash__
 
     @property
     def groups(self) -> int:

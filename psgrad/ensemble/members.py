@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from psgrad.ensemble.alike import Comparison, class_name
 from psgrad.errors import MemberError
+from psgrad.module_tables import ModuleTables
 
 __all__ = [
     "Held",
@@ -41,37 +41,22 @@ class Slots:
     """
 
     def __init__(self, stacked: nn.Module) -> None:
-        modules = [stacked]
-        seen = {stacked}
-        for module in modules:  # as `modules()`, in a third of its time
-            for child in module._modules.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    modules.append(child)
+        self._tables = ModuleTables(stacked)
+        self.modules: list[nn.Module] = self._tables.modules
+        """Each once."""
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
-            for module in modules
+            for module in self.modules
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None
         ]
-        self.modules: list[nn.Module] = modules
-        """Each once."""
         self.tensors: list[Tensor] = list({id(tensor): tensor for *_, tensor in self._slots}.values())
         """Stacked parameters and buffers, each once."""
-        self._tables: list[dict[str, Any]] = [
-            table for m in modules for table in (m._modules, m._parameters, m._buffers)
-        ]
-        self._sizes = list(map(len, self._tables))
-        self._filled = [table for table in self._tables if table]
-        self._ids = self._found()
-
-    def _found(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._filled))))
 
     def hold(self) -> bool:
         """Whether the module still has these modules, parameters and buffers, and no others."""
-        return list(map(len, self._tables)) == self._sizes and self._found() == self._ids
+        return self._tables.hold()
 
     def holding(self, parts: Mapping[Tensor, Tensor], assigned: dict[Tensor, Tensor] | None = None) -> Held:
         """Return a block, to be entered as often as one likes, in which every slot holds its tensor's part.

@@ -113,7 +113,7 @@ def _fused_backward(
     """Compute all in one call: of one sample with `N C` channels in `N G` groups, gradients are `[N C]`."""
     rows, channels = x.shape[:2]
     folded = (1, rows * channels, math.prod(x.shape[2:]))
-    to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
+    to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward.default(
         g.reshape(folded),
         x.reshape(folded),
         mean.view(1, -1),

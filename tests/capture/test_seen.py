@@ -88,6 +88,26 @@ def test_batch_norm_in_a_loop_over_the_layers():
         assert monitor.norms.shape == (6,)
 
 
+def test_what_is_put_into_the_model_later_is_seen():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with GradNorms(model, "sum"):
+        x = torch.randn(6, 4)
+        model(x).sum().backward()
+        activation, model[1] = model[1], nn.BatchNorm1d(5, affine=False)
+        with pytest.raises(RefusedModelError, match=r"1 .BatchNorm1d"):
+            model(x)
+        model[1] = activation
+        model(x).sum().backward()
+        weight, model[0].weight = model[0].weight, nn.Parameter(torch.randn(5, 4))
+        with pytest.raises(CaptureError, match=r"0\.weight"):
+            model(x)
+        model[0].weight = weight
+        loss = model(x).sum()
+        model[2].bias.requires_grad_(False)
+        with pytest.raises(CaptureError, match=r"2\.bias"):
+            loss.backward()
+
+
 HOOKS = {
     "register_hook": lambda p: p.register_hook(lambda g: g * 0),
     "after": lambda p: p.register_post_accumulate_grad_hook(lambda p: None),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -135,3 +138,13 @@ def test_bad_use_raises() -> None:
         ConvGeometry((3, 3)).output_size((4, 4, 4))
     with pytest.raises(ShapeError, match="smaller than the kernel"):
         ConvGeometry((3, 3)).output_size((4, 2))
+
+
+def test_what_was_looked_up_in_another_process_is_found_in_this_one() -> None:
+    program = (
+        "import pickle, sys; from psgrad.conv import ConvGeometry; "
+        "g = ConvGeometry(padding=1); hash(g); sys.stdout.buffer.write(pickle.dumps(g))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    theirs = pickle.loads(done.stdout)
+    assert {ConvGeometry(padding=1): "found"}[theirs] == "found"

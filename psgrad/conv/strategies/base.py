@@ -163,7 +163,7 @@ def backend_slowdown(problem: WeightGradProblem) -> float:
     if p.out_per_group < 8:
         return slowdown * (50.0 if p.out_per_group < 4 else 20.0)
     if p.in_per_group == 8 and p.dtype.itemsize <= 4:  # a part of a vector of them, and a kernel of its own
-        return slowdown * (1.5 if p.dtype.itemsize == 4 else 3.0)
+        return slowdown * (1.5 if p.dtype.itemsize == 4 else 8.0)
     if p.in_per_group < 16 and p.samples > 1:
         return slowdown * max(1.0, 192 / p.out_per_group)
     return slowdown * (2.0 if p.out_per_group < 16 else 1.0)
