@@ -22,7 +22,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from psgrad import PsgradError, clip_per_sample, keep_freed_memory
-from psgrad.dp import PrivateOptimizer, PRVAccountant, epsilon_spent, noise_multiplier_for
+from psgrad.dp import (
+    PrivateOptimizer,
+    PRVAccountant,
+    epsilon_spent,
+    noise_generator,
+    noise_multiplier_for,
+)
 from recipes.augment import random_affine
 from recipes.config import Settings, from_command_line, from_table
 from recipes.data import DataName, Images, load_images
@@ -71,8 +77,8 @@ class TrainDP(Settings):
     """Rows (images times variants) per backward pass; a matter of memory only."""
     evaluate_every: Count = 10
     """Steps between tests, metrics and checkpoints."""
-    seed: int = 0
-    """Of weights, batches and variants; never of the noise."""
+    seed: int | None = None
+    """Of weights, batches and variants, never of the noise. Epsilon holds if nobody knows it: best none."""
     out: Path | None = None
     """The run's folder; runs/train_dp/<time> if not given."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -97,7 +103,8 @@ def train(settings: TrainDP, folder: RunFolder, saved: dict[str, Any] | None) ->
     images = load_images(settings.data, settings.data_root, settings.download)
     count = len(images.train_x)
 
-    torch.manual_seed(settings.seed)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
     model = small_cnn(*images.shape, images.classes)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
 
@@ -115,7 +122,7 @@ def train(settings: TrainDP, folder: RunFolder, saved: dict[str, Any] | None) ->
         accountant=accountant,
         sample_rate=settings.sample_rate,
     )
-    choices = torch.Generator().manual_seed(settings.seed)  # of batches and variants
+    choices = noise_generator(seed=settings.seed)  # of batches and variants
     step, seconds = 0, 0.0
     if saved is not None:
         step, seconds = saved["step"], saved["seconds"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from psgrad.dp.streams import WORDS, is_known, stream
 from psgrad.errors import ConfigError
 
 __all__ = ["add_gaussian_noise", "noise_generator"]
@@ -26,15 +28,29 @@ def noise_generator(device: torch.device | str = "cpu", seed: int | None = None)
 
     Guarantees
     ----------
-    Without a seed, no two generators share a stream but by a 64-bit collision. The stream itself is
-    PyTorch's (Mersenne twister, Philox on CUDA), which is not cryptographic, and floating-point Gaussian
-    noise has the side channel of Mironov (2012), "On Significance of the Least Significant Bits for
+    Without a seed, a generator on the CPU begins in one of 2**19937 states of its Mersenne twister, drawn
+    from the operating system, and one on CUDA (Philox) with 63 bits from there. With a seed, the CPU's has
+    2**32 streams: PyTorch takes the lowest 32 bits. Neither generator is cryptographic, and floating-point
+    Gaussian noise has the side channel of Mironov (2012), "On Significance of the Least Significant Bits for
     Differential Privacy": neither is defended against.
 
+    Raises
+    ------
+    ConfigError
+        Without a seed on the CPU, if this PyTorch keeps a generator's state in a way that is not known.
+
     """
-    generator = torch.Generator(device)
-    generator.manual_seed(secrets.randbits(63) if seed is None else seed)
-    return generator
+    if seed is not None:
+        return torch.Generator(device).manual_seed(seed)
+    if torch.device(device).type != "cpu":
+        return torch.Generator(device).manual_seed(secrets.randbits(63))
+    if not is_known():
+        raise ConfigError(
+            f"PyTorch {torch.__version__} keeps the state of a generator in a way that is not known, and its"
+            " seeds have 32 bits, which can be tried out: give a torch.Generator of your own"
+        )
+    words = torch.frombuffer(bytearray(secrets.token_bytes(4 * WORDS)), dtype=torch.uint32)
+    return stream(words.to(torch.int64))
 
 
 def add_gaussian_noise(
@@ -51,7 +67,9 @@ def add_gaussian_noise(
     l2_bound
         The most that one sample can change the sum in `.grad` by (`ClipResult.l2_bound`), finite.
     generator
-        From `noise_generator`.
+        From `noise_generator`. On the CPU the noise of large parameters comes from streams of their own, each
+        begun in a whole state that this one draws, by as many threads as PyTorch has; how many does not
+        matter to it.
 
     Raises
     ------
@@ -64,10 +82,47 @@ def add_gaussian_noise(
     if noise_multiplier and not 0 < l2_bound < float("inf"):
         raise ConfigError(f"noise needs a finite bound on one sample's influence, got {l2_bound}")
     std = noise_multiplier * l2_bound if noise_multiplier else 0.0
+    large: list[Tensor] = []
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if std:
-            noise = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            noise.normal_(0.0, std, generator=generator)
-            p.grad += noise.to(p.dtype)
+        flat = _in_one_piece(p.grad) if std and generator.device.type == "cpu" and is_known() else None
+        if flat is not None:
+            large += flat.split(CHUNK)
+        elif std:
+            p.grad += _noise(p.shape, p, std, generator)
+    if large:
+        _add_by_threads(large, std, generator)
+
+
+CHUNK = 2**18
+"""Elements that a stream makes noise for: a millisecond, many times what it takes to begin one."""
+
+
+def _in_one_piece(grad: Tensor) -> Tensor | None:
+    """Return all elements of a large gradient on the CPU as a vector that shares its memory, or None."""
+    if grad.numel() <= CHUNK or grad.device.type != "cpu":
+        return None
+    if grad.is_contiguous():
+        return grad.view(-1)
+    last = grad.movedim(1, -1)
+    return last.view(-1) if last.is_contiguous() else None
+
+
+def _noise(shape: torch.Size, like: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Noise of a dtype and device, drawn in float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    noise = torch.empty(shape, dtype=dtype, device=like.device)
+    return noise.normal_(0.0, std, generator=generator).to(like.dtype)
+
+
+def _add_by_threads(parts: Sequence[Tensor], std: float, generator: torch.Generator) -> None:
+    """Add noise to vectors, each from a stream of its own: PyTorch's generator draws in one thread."""
+    states = torch.randint(2**32, (len(parts), WORDS), generator=generator)
+
+    def draw(part: Tensor, words: Tensor) -> Tensor:
+        return _noise(part.shape, part, std, stream(words))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for part, noise in zip(parts, threads.map(draw, parts, states), strict=True):
+            part += noise

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from psgrad import ConfigError
-from psgrad.dp import add_gaussian_noise, noise_generator
+from psgrad.dp import add_gaussian_noise, noise, noise_generator
+from psgrad.dp.noise import CHUNK
+from psgrad.dp.streams import stream
 
 
 def zero_grads(*shapes):
@@ -48,6 +50,67 @@ def test_a_parameter_without_gradient_gets_noise():
 def test_unseeded_generators_never_agree():
     draws = [torch.rand(4, generator=noise_generator()) for _ in range(8)]
     assert len({tuple(d.tolist()) for d in draws}) == 8
+
+
+def test_no_seed_leads_to_an_unseeded_stream():
+    """Of a seed, PyTorch's generator on the CPU takes 32 bits: they could all be tried."""
+    own = noise_generator()
+    drawn = torch.rand(4, generator=own)
+    again = torch.rand(4, generator=torch.Generator().manual_seed(own.initial_seed()))
+    assert not torch.equal(drawn, again)
+    words = own.get_state()[24 : 24 + 8 * 624].view(torch.int64)
+    assert 0.45 < words.bitwise_and(1).double().mean() < 0.55
+    assert words.unique().numel() > 600
+
+
+def test_every_word_of_a_state_counts():
+    words = torch.randint(2**32, (624,))
+    drawn = torch.rand(2000, generator=stream(words))
+    torch.testing.assert_close(torch.rand(2000, generator=stream(words)), drawn, rtol=0, atol=0)
+    for i in (1, 300, 623):
+        other = words.clone()
+        other[i] ^= 2**31
+        assert not torch.equal(torch.rand(2000, generator=stream(other)), drawn)
+
+
+def noise_of(shape, seed=0, memory_format=torch.contiguous_format, dtype=torch.float32):
+    p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    p.grad = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    add_gaussian_noise([p], 2.0, 1.5, noise_generator(seed=seed))
+    assert p.grad.is_contiguous(memory_format=memory_format)
+    return p.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_noise_in_parts_is_all_drawn_anew(memory_format, dtype):
+    shape = (3, CHUNK // 3 + 7, 2, 1)
+    drawn = noise_of(shape, memory_format=memory_format, dtype=dtype).double().flatten()
+    assert abs(drawn.std().item() - 3.0) < 4.9 * 3.0 / math.sqrt(2 * drawn.numel()) + 0.01
+    first, second = drawn[: CHUNK // 2], drawn[-(CHUNK // 2) :]
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 4.9 / math.sqrt(CHUNK // 2)
+    assert dtype == torch.bfloat16 or drawn.unique().numel() > 0.95 * drawn.numel()
+
+
+def test_how_many_threads_there_are_does_not_matter_to_seeded_noise():
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(noise_of((3 * CHUNK + 5,), seed=4))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], noise_of((3 * CHUNK + 5,), seed=5))
+
+
+def test_a_state_that_is_kept_in_another_way_gives_no_weak_noise(monkeypatch):
+    monkeypatch.setattr(noise, "is_known", lambda: False)
+    with pytest.raises(ConfigError, match="32 bits"):
+        noise_generator()
+    assert noise_of((CHUNK + 1,)).std().item() == pytest.approx(3.0, rel=0.02)  # in one piece
 
 
 def test_half_precision_parameters():
