@@ -56,6 +56,8 @@ class BenchEnsemble(Settings):
     """No cell begins after so long; those left are named in the report."""
     cell_seconds: Positive = 30.0
     """Time for a cell. One that has no round by then is left out, and named in the report."""
+    clipped: bool = False
+    """Time the loop and the ensemble also with every sample clipped."""
     memory: bool = True
     """Measure peak memory as well."""
     keep_freed: bool = True
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
                     rounds=settings.rounds,
                     seconds=seconds,
                     seconds_each=settings.seconds_each,
+                    clipped=settings.clipped,
                     memory=settings.memory,
                     device=settings.device,
                     stop=lambda: interrupt.asked,

@@ -18,8 +18,9 @@ from psgrad.bench.gate import Verdict
 from psgrad.bench.process_memory import peak_of_steps
 from psgrad.bench.timing import Measurement, interleave, on_cpu, on_cuda
 from psgrad.bench.two_processes import PROCESSES, shares, two_processes
+from psgrad.errors import RefusedModelError
 
-__all__ = ["CONTENDERS", "LOOP", "Cell", "EnsembleResult", "measure_cell", "peak_memory"]
+__all__ = ["CLIPPED", "CONTENDERS", "LOOP", "Cell", "EnsembleResult", "measure_cell", "peak_memory"]
 
 LOOP = "loop"
 TOLERANCE = 1e-8
@@ -34,6 +35,11 @@ CONTENDERS: dict[str, Make] = {
     "vmap": stock_vmap,
     "two processes": two_processes,
 }
+CLIPPED: dict[str, Make] = {
+    "loop, clipped": partial(loop, clip=True),
+    "psgrad, clipped": partial(ours, clip=True),
+}
+"""Those that clip every sample of every member, by `psgrad.clip_per_sample`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def measure_cell(
     rounds: int,
     seconds: float = inf,
     seconds_each: float = inf,
+    clipped: bool = False,
     memory: bool = False,
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
@@ -98,6 +105,8 @@ def measure_cell(
     seconds
         For the whole cell. A step that has begun is not cut off: what may be exceeded is one step, and one
         round. A cell whose gate alone would take longer, from the loop's first step, is not begun.
+    clipped
+        Also time those of `CLIPPED`.
     memory
         Also measure peak memory, while there is time.
     device
@@ -122,21 +131,30 @@ def measure_cell(
     seeds = range(cell.members)
     x, y = _batch(cell, seeds, device)
     start = [[p.detach() for p in model.parameters()] for model in built(make, seeds, torch.float64, device)]
+    contenders = _contenders(cell, clipped)
     truth = loop(built(make, seeds, torch.float64, device))
     began = time.monotonic()
     truth.step(x.double(), y)
-    gate = (time.monotonic() - began) * GATE_STEPS * (1 + len(CONTENDERS))
+    gate = (time.monotonic() - began) * GATE_STEPS * (1 + len(contenders))
     if gate > seconds:
         return f"the float64 check would take {gate:.0f} s of {seconds:g} s"
     for _ in range(GATE_STEPS - 1):
         truth.step(x.double(), y)
+    truths = {False: truth}
     found: list[EnsembleResult] = []
     runs: dict[str, Callable[[], object]] = {}
     with ExitStack() as fits:
-        for contender, maker in _contenders(cell).items():
+        for contender, maker in contenders.items():
             if (why := over()) is not None:
                 return why
-            verdict = _verdict(maker, cell, x, y, truth, start)
+            clips = contender in CLIPPED
+            if clips not in truths:
+                found_truth = _clipped_truth(cell, x, y)
+                if isinstance(found_truth, str):
+                    found.append(EnsembleResult(cell, contender, float("nan"), found_truth, None))
+                    continue
+                truths[clips] = found_truth
+            verdict = _verdict(maker, cell, x, y, truths[clips], start)
             if verdict.reason is None:
                 fit = maker(built(make, seeds, torch.float32, device))
                 fits.callback(fit.close)
@@ -179,7 +197,7 @@ def peak_memory(cell: Cell, contender: str, *, device: str = "cpu", timeout: flo
         None if a process failed, was killed for its memory, or took too long.
 
     """
-    shared_out = contender in CONTENDERS and CONTENDERS[contender] is two_processes
+    shared_out = CONTENDERS.get(contender) is two_processes
     parts = shares(cell.members) if shared_out else [range(cell.members)]
     own = LOOP if shared_out else contender
     peaks = [
@@ -191,13 +209,26 @@ def peak_memory(cell: Cell, contender: str, *, device: str = "cpu", timeout: flo
     return sum(p for p in peaks if p is not None) if None not in peaks else None
 
 
-def _contenders(cell: Cell) -> dict[str, Make]:
+def _contenders(cell: Cell, clipped: bool) -> dict[str, Make]:
     """Who can fit so many members."""
+    makers = CONTENDERS | CLIPPED if clipped else CONTENDERS
     return {
         name: maker
-        for name, maker in CONTENDERS.items()
+        for name, maker in makers.items()
         if maker is not two_processes or cell.members >= PROCESSES
     }
+
+
+def _clipped_truth(cell: Cell, x: Tensor, y: Tensor) -> Fit | str:
+    """Return the clipping loop after its steps in float64, or why the model cannot be clipped."""
+    models = built(MODELS[cell.model][0], range(cell.members), torch.float64, x.device.type)
+    try:
+        truth = loop(models, clip=True)
+    except RefusedModelError as refused:
+        return f"{type(refused).__name__}: {' '.join(str(refused).split())}"
+    for _ in range(GATE_STEPS):
+        truth.step(x.double(), y)
+    return truth
 
 
 def _with_memory(
@@ -223,7 +254,7 @@ def _with_memory(
 def _step(cell: Cell, contender: str, seeds: range, device: str) -> Callable[[], object]:
     """Run in the child: build models of these seeds and their data, and return a step."""
     models = built(MODELS[cell.model][0], seeds, torch.float32, device)
-    maker = loop if contender == LOOP else CONTENDERS[contender]
+    maker = loop if contender == LOOP else (CONTENDERS | CLIPPED)[contender]
     return partial(maker(models).step, *_batch(cell, seeds, device))
 
 

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from psgrad.clipping import ClipPerSample, clip_per_sample
 from psgrad.ensemble import SGD, Ensemble
 
 __all__ = ["Fit", "Make", "loop", "ours", "stock_vmap"]
 
 RATE, MOMENTUM = 0.01, 0.9
+MAX_NORM = 1.0
+"""C, where samples are clipped."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ Make = Callable[[Sequence[nn.Module]], Fit]
 """From K models of the same class, which it may change."""
 
 
-def loop(models: Sequence[nn.Module], **implementation: bool) -> Fit:
-    """Plain PyTorch, member after member, with an implementation of its SGD."""
+def loop(models: Sequence[nn.Module], *, clip: bool = False, **implementation: bool) -> Fit:
+    """Plain PyTorch, member after member, with an implementation of its SGD; clipping is psgrad's."""
+    handles = [clip_per_sample(model, MAX_NORM) for model in models] if clip else []
     optimizers = [torch.optim.SGD(m.parameters(), RATE, MOMENTUM, **implementation) for m in models]
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -52,12 +56,13 @@ def loop(models: Sequence[nn.Module], **implementation: bool) -> Fit:
             F.cross_entropy(model(x[k]), y[k]).backward()
             optimizer.step()
 
-    return Fit(step, lambda k: list(models[k].parameters()))
+    return Fit(step, lambda k: list(models[k].parameters()), lambda: _remove(handles))
 
 
-def ours(models: Sequence[nn.Module]) -> Fit:
-    """`psgrad.ensemble` with its own optimizer."""
+def ours(models: Sequence[nn.Module], *, clip: bool = False) -> Fit:
+    """`psgrad.ensemble` with its own optimizer, every member's samples clipped or not."""
     ens = Ensemble.from_modules(models)
+    handles = [clip_per_sample(ens, MAX_NORM)] if clip else []
     optimizer = SGD(ens.parameters(), RATE, MOMENTUM)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -65,7 +70,12 @@ def ours(models: Sequence[nn.Module]) -> Fit:
         ens.loss(F.cross_entropy, x, y, own=True).sum().backward()
         optimizer.step()
 
-    return Fit(step, lambda k: [p[k] for p in ens.parameters()])
+    return Fit(step, lambda k: [p[k] for p in ens.parameters()], lambda: _remove(handles))
+
+
+def _remove(handles: Sequence[ClipPerSample]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def stock_vmap(models: Sequence[nn.Module]) -> Fit:

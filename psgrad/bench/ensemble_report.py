@@ -68,7 +68,7 @@ def acceptance(results: Sequence[EnsembleResult]) -> list[str]:
         return f"{exp(sum(map(log, values)) / len(values)):.2f}x ({len(values)} cells)"
 
     least = min(own, key=lambda cell: own[cell], default=None)
-    return [
+    lines = [
         "- least speed over the loop in any cell (asked: 0.98x): "
         + (f"{own[least]:.2f}x, {least}" if least else "not measured"),
         "- over vmap, convolutional models (asked: 1.5x): "
@@ -78,6 +78,16 @@ def acceptance(results: Sequence[EnsembleResult]) -> list[str]:
         "- over the loop, MLP, K = 64, N = 32 (asked: 8x): "
         + mean([v for c, v in own.items() if c == Cell("mlp", 64, 32)]),
     ]
+    clipped = {cell: value for (cell, contender), value in speed.items() if contender == "psgrad, clipped"}
+    if clipped:
+        loops = {c: speed[c, "loop, clipped"] for c in clipped if (c, "loop, clipped") in speed}
+        plain = {c: own[c] for c in clipped if c in own}
+        lines += [
+            "- clipped, over the loop that clips: " + mean([clipped[c] / loops[c] for c in loops]),
+            "- clipped, time over the ensemble that does not clip: "
+            + mean([plain[c] / clipped[c] for c in plain]),
+        ]
+    return lines
 
 
 def draw(results: Sequence[EnsembleResult], path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from psgrad import ConfigError, PsgradError
 from psgrad.bench import ensemble, ensemble_report
 from psgrad.bench.ensemble import Cell, measure_cell, peak_memory
-from psgrad.bench.ensemble_fits import Fit, loop
+from psgrad.bench.ensemble_fits import Fit, loop, ours
 from psgrad.bench.ensemble_models import MODELS, built
 from psgrad.bench.two_processes import shares, two_processes
 
@@ -79,6 +79,21 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_those_that_clip_are_compared_with_a_loop_that_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "CONTENDERS", {"psgrad": ours})
+    found = measure_cell(Cell("mlp", 2, 4), rounds=1, clipped=True)
+    assert [(r.contender, r.reason) for r in found] == [
+        ("psgrad", None),
+        ("loop, clipped", None),
+        ("psgrad, clipped", None),
+    ]
+    monkeypatch.setattr(ensemble, "CLIPPED", {"psgrad, clipped": ours})  # which does not clip
+    _, wrong = measure_cell(Cell("mlp", 2, 4), rounds=1, clipped=True)
+    assert wrong.reason.startswith("wrong by")
+    _, refused = measure_cell(Cell("small-cnn-bn", 2, 4), rounds=1, clipped=True)
+    assert "BatchNorm2d" in refused.reason
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
