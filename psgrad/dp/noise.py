@@ -90,7 +90,7 @@ def add_gaussian_noise(
         if flat is not None:
             large += flat.split(CHUNK)
         elif std:
-            p.grad += _noise(p.shape, p, std, generator)
+            p.grad += _noise(p.grad, std, generator)
     if large:
         _add_by_threads(large, std, generator)
 
@@ -109,20 +109,30 @@ def _in_one_piece(grad: Tensor) -> Tensor | None:
     return last.view(-1) if last.is_contiguous() else None
 
 
-def _noise(shape: torch.Size, like: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Noise of a dtype and device, drawn in float32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    noise = torch.empty(shape, dtype=dtype, device=like.device)
-    return noise.normal_(0.0, std, generator=generator).to(like.dtype)
+def _noise(like: Tensor, std: float, generator: torch.Generator, memory: Tensor | None = None) -> Tensor:
+    """Noise of a shape, dtype and device, drawn in float32 at least; in `memory` if that is long enough."""
+    if memory is None:
+        memory = torch.empty(like.numel(), dtype=_drawn_in(like), device=like.device)
+    drawn = memory[: like.numel()].normal_(0.0, std, generator=generator)
+    return drawn.view(like.shape).to(like.dtype)
+
+
+def _drawn_in(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _add_by_threads(parts: Sequence[Tensor], std: float, generator: torch.Generator) -> None:
     """Add noise to vectors, each from a stream of its own: PyTorch's generator draws in one thread."""
     states = torch.randint(2**32, (len(parts), WORDS), generator=generator)
+    threads = torch.get_num_threads()
 
-    def draw(part: Tensor, words: Tensor) -> Tensor:
-        return _noise(part.shape, part, std, stream(words))
+    def add(first: int) -> None:
+        memory: dict[torch.dtype, Tensor] = {}
+        for part, words in zip(parts[first::threads], states[first::threads], strict=True):
+            dtype = _drawn_in(part)
+            if dtype not in memory:
+                memory[dtype] = torch.empty(CHUNK, dtype=dtype)
+            part += _noise(part, std, stream(words), memory[dtype])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for part, noise in zip(parts, threads.map(draw, parts, states), strict=True):
-            part += noise
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(torch.no_grad()(add), range(threads)))
