@@ -103,10 +103,9 @@ def _in_one_piece(grad: Tensor) -> Tensor | None:
     """Return all elements of a large gradient on the CPU as a vector that shares its memory, or None."""
     if grad.numel() <= CHUNK or grad.device.type != "cpu":
         return None
-    if grad.is_contiguous():
-        return grad.view(-1)
-    last = grad.movedim(1, -1)
-    return last.view(-1) if last.is_contiguous() else None
+    if grad.ndim > 1 and not grad.is_contiguous():
+        grad = grad.movedim(1, -1)  # as channels_last has it
+    return grad.view(-1) if grad.is_contiguous() else None
 
 
 def _noise(like: Tensor, std: float, generator: torch.Generator, memory: Tensor | None = None) -> Tensor:

@@ -92,6 +92,13 @@ def test_noise_in_parts_is_all_drawn_anew(memory_format, dtype):
     assert dtype == torch.bfloat16 or drawn.unique().numel() > 0.95 * drawn.numel()
 
 
+def test_a_gradient_with_gaps_gets_noise_everywhere():
+    p = nn.Parameter(torch.zeros(CHUNK + 3))
+    p.grad = torch.zeros(2 * CHUNK + 6)[::2]
+    add_gaussian_noise([p], 1.0, 1.0, noise_generator())
+    assert int(p.grad.count_nonzero()) >= CHUNK
+
+
 def test_how_many_threads_there_are_does_not_matter_to_seeded_noise():
     before = torch.get_num_threads()
     found = []
