@@ -85,12 +85,15 @@ class Ensemble(nn.Module):
         Raises
         ------
         MemberError
-            If two seeds are equal, or what `fn` builds does not fit together (see `check_members`).
+            If two seeds are equal modulo 2**32, which PyTorch does not tell apart, or what `fn` builds does
+            not fit together (see `check_members`).
 
         """
         seeds = [int(seed) for seed in seeds]
-        if len(set(seeds)) != len(seeds):
-            raise MemberError(f"seeds must differ, or members are the same model, got {seeds}")
+        if len({seed % 2**32 for seed in seeds}) != len(seeds):  # all that PyTorch's generator takes of them
+            raise MemberError(
+                f"seeds must differ in their lowest 32 bits, or members are the same model, got {seeds}"
+            )
         modules, states = [], []
         with given_back():
             for seed in seeds:

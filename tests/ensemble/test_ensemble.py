@@ -98,6 +98,8 @@ def test_the_same_module_twice_is_refused() -> None:
 def test_equal_seeds_and_wrong_seeds_are_refused() -> None:
     with pytest.raises(MemberError, match="differ"):
         Ensemble.from_factory(small, [1, 1])
+    with pytest.raises(MemberError, match="lowest 32 bits"):  # one stream to PyTorch's generator
+        Ensemble.from_factory(small, seeds=[3, 3 + 2**32])
     with pytest.raises(MemberError, match="2 seeds for 1"):
         Ensemble.from_modules([small()], seeds=[1, 2])
 
