@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["HashedOnce"]
 
 
 class HashedOnce:
     """Base of a frozen dataclass that says `__hash__ = HashedOnce.__hash__`, or it gets one of its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @cached_property
     def _hash(self) -> int:
@@ -22,4 +24,4 @@ class HashedOnce:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields alone: a hash is another one in another process."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -54,8 +54,8 @@ def eager_losses(
     losses = []
     for k in range(len(randomness)):
         own = {t: part[k] for t, part in parts.items()}
-        for i, t in enumerate(trained):
-            gradients.expect(k, i, own[t].requires_grad_())
+        for t in trained:
+            own[t].requires_grad_()
         with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
             with randomness.of(k):
                 loss = compute(k)
@@ -63,6 +63,7 @@ def eager_losses(
                 raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
             losses.append(loss.detach())
             leaves = [own[t] for t in trained]
+            gradients.expect(k, leaves)  # now: what hooks of the forward pass make of them is copied
             others = _other_leaves(loss, leaves)
             wanted = [*leaves, *others]
             found: Sequence[Tensor | None] = (
@@ -141,10 +142,11 @@ class _Gradients:
         self._early: set[int] = set()
         """Which of the present member's are in their places already."""
 
-    def expect(self, k: int, i: int, leaf: Tensor) -> None:
-        """Copy the gradient of a large leaf, member k's parameter i, when it is there."""
-        if leaf.nbytes >= _LARGE:
-            leaf.register_hook(partial(self._copied, k, i))
+    def expect(self, k: int, leaves: Sequence[Tensor]) -> None:
+        """Copy the gradients of large leaves, member k's parameters, when they are there."""
+        for i, leaf in enumerate(leaves):
+            if leaf.nbytes >= _LARGE:
+                leaf.register_hook(partial(self._copied, k, i))
 
     def put(self, k: int, grads: Sequence[Tensor | None]) -> None:
         """Take member k's, whose turn is after member k - 1's; None counts as zero where others have one."""

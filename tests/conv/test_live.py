@@ -86,18 +86,26 @@ def test_a_dense_kernel_is_cropped_only_where_that_saves_more_than_the_zeros_cos
     assert worth(64, 64, 1, 16, results=1)  # one gradient, of all samples
 
 
-def test_zeros_go_around_single_elements_where_that_is_faster_than_their_products() -> None:
+@pytest.mark.parametrize("rows_per_sample", [1, 2])
+@pytest.mark.parametrize("samples", [0, 1, 8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_zeros_go_around_single_elements_where_that_is_faster_than_their_products(
+    samples: int, rows_per_sample: int, memory_format: torch.memory_format
+) -> None:
     torch.manual_seed(0)
-    x, grad, factors = torch.randn(8, 16, 1, 1), torch.randn(8, 32, 1, 1), torch.rand(8)
+    rows = samples * rows_per_sample
+    x = torch.randn(rows, 16, 1, 2).contiguous(memory_format=memory_format)[..., :1]  # with gaps
+    grad, factors = torch.randn(rows, 32, 1, 1).to(memory_format=memory_format), torch.rand(samples)
     shape, geometry = (32, 16, 3, 3), ConvGeometry(3, padding=1)
-    expected = torch.einsum("n,no,ni->oi", factors.double(), grad[..., 0, 0].double(), x[..., 0, 0].double())
+    weighed = factors.repeat_interleave(rows_per_sample).double()
+    expected = torch.einsum("n,no,ni->oi", weighed, grad[..., 0, 0].double(), x[..., 0, 0].double())
     for machine, cropped in ((AMD, True), (INTEL, False)):
         with on(machine):
-            summed = weighted_weight_grad(x, grad, shape, geometry, factors)
-            found = live_in_sum(problem_of(x, grad, shape, geometry))
+            summed = weighted_weight_grad(x, grad, shape, geometry, factors, rows_per_sample=rows_per_sample)
+            found = live_in_sum(problem_of(x, grad, shape, geometry, rows_per_sample))
         assert (found is not None) is cropped
         torch.testing.assert_close(summed[:, :, 1, 1].double(), expected, rtol=1e-5, atol=1e-6)
-        assert int(summed.count_nonzero()) == expected.numel()
+        assert int(summed.count_nonzero()) == int(expected.count_nonzero())
 
 
 @pytest.mark.parametrize("rate", [0, 10**9], ids=["cropped", "whole"])

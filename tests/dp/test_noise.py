@@ -47,6 +47,14 @@ def test_a_parameter_without_gradient_gets_noise():
     assert p.grad.all()
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2)])
+def test_parameters_of_no_axis_and_of_no_element(shape):
+    p = nn.Parameter(torch.zeros(shape))
+    add_gaussian_noise([p], 1.0, 1.0, noise_generator())
+    assert p.grad.shape == p.shape
+    assert p.grad.all()
+
+
 def test_unseeded_generators_never_agree():
     draws = [torch.rand(4, generator=noise_generator()) for _ in range(8)]
     assert len({tuple(d.tolist()) for d in draws}) == 8

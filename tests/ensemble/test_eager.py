@@ -120,6 +120,30 @@ def test_a_parameter_that_some_members_do_not_use_has_zeros_there(right: tuple[i
             torch.testing.assert_close(p.grad[k], torch.zeros_like(p[k]) if grad is None else grad)
 
 
+class _Halved(nn.Module):
+    """Registers a hook on its weight in every forward pass."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            self.weight.register_hook(lambda grad: (grad / 2).t())
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("size", [4, 600])
+def test_what_a_hook_of_the_forward_pass_makes_of_a_gradient_counts(size: int) -> None:
+    ens = Ensemble.from_factory(lambda: _Halved(size), range(2), strategy="loop")
+    x, y = torch.randn(5, size), torch.zeros(5, dtype=torch.int64)
+    ens.loss(F.cross_entropy, x, y).sum().backward()
+    for k, grad in enumerate(ens.stacked.weight.grad):
+        weight = ens.member(k).weight.detach().requires_grad_()
+        (plain,) = torch.autograd.grad(F.cross_entropy(x @ weight, y), weight)
+        torch.testing.assert_close(grad, plain.t() / 2)
+
+
 def large() -> nn.Module:
     return nn.Sequential(nn.Linear(600, 500, bias=False), nn.Tanh(), nn.Linear(500, 3))
 
