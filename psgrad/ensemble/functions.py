@@ -150,7 +150,7 @@ _ELEMENTWISE: tuple[Callable[..., Any], ...] = (
     torch.abs, torch.add, torch.clamp, torch.cos, torch.div, torch.exp, torch.maximum, torch.minimum,
     torch.mul, torch.neg, torch.pow, torch.relu, torch.rsqrt, torch.sigmoid, torch.sin, torch.sqrt,
     torch.square, torch.sub, torch.tanh,
-)  # fmt: skip
+)  # fmt: skip  # one a line is a page
 
 _IN_PLACE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: torch.add,
@@ -164,7 +164,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs, "add": torch.add, "clamp": torch.clamp, "div": torch.div, "exp": torch.exp,
     "mul": torch.mul, "neg": torch.neg, "pow": torch.pow, "relu": torch.relu, "sigmoid": torch.sigmoid,
     "sqrt": torch.sqrt, "square": torch.square, "sub": torch.sub, "tanh": torch.tanh,
-}  # fmt: skip
+}  # fmt: skip  # one a line is a page
 
 _IN_PLACE_METHODS: dict[str, Callable[..., Any]] = {
     "add_": torch.add,

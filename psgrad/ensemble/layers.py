@@ -235,7 +235,7 @@ _ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
     nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
+)  # fmt: skip  # one a line is a page
 
 _CHANNELWISE: dict[type[nn.Module], int] = {
     nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3,
@@ -245,7 +245,7 @@ _CHANNELWISE: dict[type[nn.Module], int] = {
     nn.LPPool2d: 2, nn.PixelShuffle: 2, nn.PixelUnshuffle: 2,
     nn.ReflectionPad1d: 1, nn.ReflectionPad2d: 2, nn.ReplicationPad1d: 1, nn.ReplicationPad2d: 2,
     nn.Upsample: 2, nn.UpsamplingBilinear2d: 2, nn.UpsamplingNearest2d: 2, nn.ZeroPad2d: 2,
-}  # fmt: skip
+}  # fmt: skip  # one a line is a page
 
 MODULE_RULES: dict[type[nn.Module], Rule] = {
     nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv,
@@ -258,5 +258,5 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     nn.Softmax: _softmax, nn.LogSoftmax: _softmax,
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **{kind: _channelwise(spatial) for kind, spatial in _CHANNELWISE.items()},
-}  # fmt: skip
+}  # fmt: skip  # one a line is a page
 """Rule of every module type that has one; by exact type, since a subclass may compute something else."""

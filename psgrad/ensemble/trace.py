@@ -174,7 +174,7 @@ _OPERATORS = frozenset(
         "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior",
         "ipow", "irshift", "isub", "itruediv", "ixor",
     }
-)  # fmt: skip
+)  # fmt: skip  # one a line is a page
 
 
 def _same_object(node: fx.Node, member: nn.Module) -> set[fx.Node]:
@@ -228,7 +228,7 @@ _FRESH = frozenset(
         "batch_norm", "conv2d", "linear", "matmul", "bmm", "scaled_dot_product_attention",
         "softmax", "log_softmax", "clone", "size",
     }
-)  # fmt: skip
+)  # fmt: skip  # one a line is a page
 
 
 def _has_hooks(module: nn.Module) -> bool:

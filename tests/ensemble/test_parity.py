@@ -83,7 +83,7 @@ def test_no_layer_of_a_known_kind_runs_outside_its_rule(name: str) -> None:
     plan = Ensemble.from_factory(fn, range(K), strategy="folded").plan(make(N))
     assert {step.strategy for step in plan.steps} <= {
         "bmm", "folded", "gather", "grouped", "once", "one convolution", "one product", "stacked",
-    }, plan  # fmt: skip
+    }, plan  # fmt: skip  # one a line is a page
 
 
 @pytest.mark.parametrize("name", FOLDED)

@@ -153,7 +153,7 @@ CASES = {
     nn.Transformer: [
         (lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True), (SEQUENCES, SEQUENCES), False),
     ],
-}  # fmt: skip
+}  # fmt: skip  # one a line is a page
 
 NO_LAYERS = {
     "containers and bases": {
@@ -164,7 +164,7 @@ NO_LAYERS = {
     "losses: they put the batch together on purpose": {
         kind for name, kind in vars(nn).items() if "Loss" in name and inspect.isclass(kind)
     },
-}  # fmt: skip
+}  # fmt: skip  # one a line is a page
 
 
 class BatchNormOfAnotherName(nn.BatchNorm2d):

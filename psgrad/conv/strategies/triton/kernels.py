@@ -52,7 +52,7 @@ def weight_grad_kernel(
     T_BUCKET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # one a line is a page
     """One tile `[O, I]` of one (sample, group, offset) a program.
 
     STORE writes the tile to `out [N, G, O, I, offsets]`, SQUARE its sum of squares to `partial [N,
@@ -115,7 +115,7 @@ def channelwise_kernel(
     T_BUCKET: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     STORE: tl.constexpr, SQUARE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # one a line is a page
     """One input channel a group (depthwise): plain multiply-adds, bounded by memory.
 
     A program owns a block of output channels and a kernel offset of one sample. Output channel c reads
