@@ -32,7 +32,7 @@ from psgrad.bench.cases import ConvCase
 from psgrad.bench.rules import LEAST_SPEED, RULE_CASES, measure_rule_case, slower_than_asked
 from psgrad.bench.sweep import Cell, DType, Result, Setting, measure, remeasure
 from psgrad.conv.planner import DeviceRates
-from psgrad.conv.processor import processor
+from psgrad.conv.processor import Processor, processor
 from psgrad.conv.rates import device_rates
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         about[f"rates, {dtype}"] = (
             f"{rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, {1e6 * rate.call:.1f} us a call"
         )
-    out = settings.out or default_folder(settings, about["machine"], processor().instructions)
+    out = settings.out or default_folder(settings, processor(), about["machine"])
     conv_report.write(cells, out, about=about, rates=rates, left_out=left_out)
     print(conv_report.acceptance_table(cells))
     print(f"\n{len(cells)} cases, {len(left_out)} settings left out; written to {out}")
@@ -258,14 +258,16 @@ def fresh_choices() -> Iterator[None]:
                 os.environ["PSGRAD_CACHE"] = before
 
 
-def default_folder(settings: BenchConv, machine: str, instructions: str) -> Path:
-    """Return where a report goes that was not told where."""
+def default_folder(settings: BenchConv, cpu: Processor, machine: str) -> Path:
+    """Return where a report goes that was not told where; generations of CPU that share a name have their own."""
     if settings.quick:
         return Path("runs/bench_conv")
     noise = {"r", "tm", "intel", "amd", "processor", "cpu"}
     words = [word for word in re.findall(r"[a-z0-9]+", machine.lower()) if word not in noise]
     if settings.device == "cpu":
-        words += [instructions.lower(), str(os.cpu_count()), "cores"]
+        family = re.search(r"cpu family (\d+)", cpu.version)
+        words += [f"family{family[1]}"] if family else []
+        words += [cpu.instructions.lower(), str(os.cpu_count()), "cores"]
     return Path("docs/results") / "-".join(words) / "bench_conv"
 
 

@@ -14,6 +14,7 @@ from psgrad.conv.processor import Processor
 
 INTEL = Processor("GenuineIntel", "an Intel CPU", "", "AVX512")
 AMD = Processor("AuthenticAMD", "an AMD CPU", "", "AVX512")
+AMD_HALVES = Processor("AuthenticAMD", "an AMD CPU", "cpu family 25, model 17", "AVX512")
 AMD_AVX2 = Processor("AuthenticAMD", "an older AMD CPU", "", "AVX2")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from psgrad.conv.half import emulated, is_emulated
 from psgrad.conv.problem import WeightGradProblem
-from psgrad.conv.processor import mkl_is_slow, short_vectors
+from psgrad.conv.processor import halves_long_vectors, mkl_is_slow, short_vectors
 from psgrad.conv.strategies import STRATEGIES, Cost, Verb
 
 __all__ = ["ClippingChoice", "DeviceRates", "Plan", "choose", "rates_of", "seconds_of"]
@@ -38,6 +38,7 @@ RATES = {
     "cpu": DeviceRates(flops=2.5e11, bytes=2.0e10, call=2.1e-5),
     "cpu with AVX2": DeviceRates(flops=2.5e11, bytes=2.8e10, call=2.1e-5),
     "cpu of AMD with AVX-512": DeviceRates(flops=4.0e11, bytes=4.0e10, call=2.1e-5),
+    "cpu of AMD with AVX-512 in halves": DeviceRates(flops=2.0e11, bytes=3.0e10, call=2.1e-5),
     "cuda": DeviceRates(flops=5.0e13, bytes=2.5e12, call=1.0e-5),
 }
 """By kind of device; only their ratios enter a choice. Two cores each; a GPU's order of magnitude."""
@@ -184,5 +185,5 @@ def rates_of(problem: WeightGradProblem) -> DeviceRates:
     if problem.device.type == "cuda":
         return RATES["cuda"]
     if mkl_is_slow():
-        return RATES["cpu of AMD with AVX-512"]
+        return RATES["cpu of AMD with AVX-512" + (" in halves" if halves_long_vectors() else "")]
     return RATES["cpu with AVX2" if short_vectors() else "cpu"]

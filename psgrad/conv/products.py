@@ -1,9 +1,13 @@
 """Matrix products, by the faster of the two libraries that PyTorch has for them on a CPU.
 
 PyTorch multiplies float32 matrices with Intel's MKL, which on other makers' processors stays with vectors of
-8 floats where there are 16. oneDNN, which convolves, does not: on two cores of an AMD EPYC with AVX-512 a
-product of 1536 x 1536 x 1536 ran at 216 GFLOP/s by the one and at 460 by the other. PyTorch's own `nn.Linear`
+8 floats where there are 16. oneDNN, which convolves, does not: on two cores of an AMD EPYC with AVX-512 (Zen 5)
+a product of 1536 x 1536 x 1536 ran at 216 GFLOP/s by the one and at 460 by the other. PyTorch's own `nn.Linear`
 calls oneDNN by the same operator when it is compiled.
+
+Where the CPU itself takes 16 floats in two halves (Zen 4), it is 200 and 219 GFLOP/s. But MKL shares a single
+product among threads badly there: oneDNN took 0.5 to 0.95 of its time from 2**24 FLOPs on, and of several
+products, which threads take whole, 0.9 to 1.4.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psgrad.conv.processor import mkl_is_slow
+from psgrad.conv.processor import halves_long_vectors, mkl_is_slow
 from psgrad.conv.scratch import is_plain_cpu
 
 __all__ = [
@@ -31,23 +35,33 @@ from 2**28.
 """
 LEAST_INNER = 48
 """Elements that are added up for each result, from where a copy of the results is worth it."""
-SLOWDOWN = 1.5
-"""Of MKL's products, where it is slow: fitted to which strategy is the fastest on 432 problems."""
+SLOWDOWN, SLOWDOWN_IN_HALVES = 1.5, 1.05
+"""Of MKL's products, where it is slow, and where long vectors are taken in halves: fitted to which strategy
+is the fastest on 432 and on 340 problems."""
 
 
 def mkl_slowdown(dtype: torch.dtype, device: torch.device) -> float:
     """How many times slower than by oneDNN MKL makes products of this dtype, which matter in a choice."""
-    return SLOWDOWN if dtype == torch.float32 and device.type == "cpu" and mkl_is_slow() else 1.0
+    if dtype != torch.float32 or device.type != "cpu" or not mkl_is_slow():
+        return 1.0
+    return SLOWDOWN_IN_HALVES if halves_long_vectors() else SLOWDOWN
 
 
-def by_onednn(flops_each: float, inner: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of so many FLOPs each, adding up so many elements, are left to oneDNN."""
-    return mkl_slowdown(dtype, device) > 1 and flops_each >= LARGE and inner >= LEAST_INNER
+def by_onednn(
+    flops_each: float, inner: int, dtype: torch.dtype, device: torch.device, products: int
+) -> bool:
+    """Whether so many products of so many FLOPs each, adding up so many elements, are left to oneDNN."""
+    if mkl_slowdown(dtype, device) == 1 or flops_each < LARGE:
+        return False
+    return products == 1 if halves_long_vectors() else inner >= LEAST_INNER
 
 
-def slowdown_of_products(flops_each: float, inner: int, dtype: torch.dtype, device: torch.device) -> float:
+def slowdown_of_products(
+    flops_each: float, inner: int, dtype: torch.dtype, device: torch.device, products: int
+) -> float:
     """How many times slower than by the better library such products are made here."""
-    return 1.0 if by_onednn(flops_each, inner, dtype, device) else mkl_slowdown(dtype, device)
+    left = by_onednn(flops_each, inner, dtype, device, products)
+    return 1.0 if left else mkl_slowdown(dtype, device)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -78,9 +92,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _is_left_to_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether these are plain large matrices, on a machine where that matters, and nobody records them."""
-    rows, inner = left.shape[-2:]
+    *batch, rows, inner = left.shape
+    flops_each = 2.0 * rows * inner * right.shape[-1]
     return (
-        by_onednn(2.0 * rows * inner * right.shape[-1], inner, left.dtype, left.device)
+        by_onednn(flops_each, inner, left.dtype, left.device, batch[0] if batch else 1)
         and right.dtype == left.dtype
         and not torch.compiler.is_compiling()
         and is_plain_cpu(left)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from psgrad.conv import ConvGeometry, ordinary
 from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import normalise
+from tests.machines import AMD_HALVES, on
 
 # channels, kernel, stride, padding, dilation, groups, input size, form
 CASES = {
@@ -83,3 +84,28 @@ def test_a_copy_over_the_budget_is_not_made():
 def test_half_precision_is_not_added_up_row_by_row():
     x, g = torch.empty(4, 6, 9, 9, dtype=torch.bfloat16), torch.empty(4, 4, 9, 9, dtype=torch.bfloat16)
     assert as_product(normalise(x, g, (4, 6, 1, 1), ConvGeometry((1, 1)))[2]) is None
+
+
+# rows, channels, kernel, stride, size, form
+IN_HALVES = [
+    (1, (64, 64), 1, 1, 56, "_row_by_row"),
+    (1, (128, 256), 1, 2, 16, "_row_by_row"),
+    (1, (16, 64), 1, 1, 32, None),
+    (64, (64, 64), 1, 1, 56, "_row_by_row"),
+    (64, (64, 128), 1, 2, 112, None),
+    (64, (512, 2048), 1, 1, 7, None),
+    (1, (64, 64), 3, 1, 56, None),
+]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is left to oneDNN")
+@pytest.mark.parametrize("case", IN_HALVES)
+def test_where_long_vectors_are_taken_in_halves(case):
+    rows, (inputs, outputs), k, stride, size, form = case
+    x = torch.empty(1, 1, 1, 1).expand(rows, inputs, size, size)
+    out = -(-size // stride)
+    g = torch.empty(1, 1, 1, 1).expand(rows, outputs, out, out)
+    geometry = ConvGeometry((k, k), (stride, stride), (k // 2, k // 2))
+    with on(AMD_HALVES):
+        chosen = as_product(normalise(x, g, (outputs, inputs, k, k), geometry)[2])
+    assert (None if chosen is None else chosen.__name__) == form

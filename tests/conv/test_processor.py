@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from psgrad.conv import processor as module
-from psgrad.conv.processor import Processor, processor, short_vectors
+from psgrad.conv.processor import Processor, halves_long_vectors, processor, short_vectors
 
 CPUINFO = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -38,9 +38,13 @@ def test_the_first_of_its_cores_with_what_tells_generations_apart(machine):
     new = processor()
     assert new == Processor("AuthenticAMD", "AMD EPYC", "cpu family 26, model 2", "AVX512")
     assert not short_vectors()
+    assert not halves_long_vectors()
     machine(25, "AVX2")
     assert processor() != new
     assert short_vectors()
+    assert not halves_long_vectors()
+    machine(25, "AVX512")
+    assert halves_long_vectors()
 
 
 def test_a_system_that_does_not_tell(machine, monkeypatch, tmp_path):

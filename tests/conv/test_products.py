@@ -10,7 +10,7 @@ from psgrad import PerSampleGrads, clip_per_sample
 from psgrad.conv import ConvGeometry, products
 from psgrad.conv.choice import plan
 from psgrad.conv.products import add_product, batched, by_onednn, product
-from tests.machines import AMD, AMD_AVX2, INTEL, on
+from tests.machines import AMD, AMD_AVX2, AMD_HALVES, INTEL, on
 
 CPU = torch.device("cpu")
 
@@ -35,11 +35,28 @@ def taken(monkeypatch):
 def test_whose_mkl_is_slow():
     for cpu, slow in ((AMD, torch.backends.mkl.is_available()), (INTEL, False), (AMD_AVX2, False)):
         with on(cpu):
-            assert by_onednn(2.0**30, 1024, torch.float32, CPU) is slow
-            assert not by_onednn(2.0**30, 1024, torch.float64, CPU)
-            assert not by_onednn(2.0**30, 1024, torch.bfloat16, CPU)
-            assert not by_onednn(2.0**20, 1024, torch.float32, CPU)
-            assert not by_onednn(2.0**30, 16, torch.float32, CPU)
+            assert by_onednn(2.0**30, 1024, torch.float32, CPU, 8) is slow
+            assert not by_onednn(2.0**30, 1024, torch.float64, CPU, 8)
+            assert not by_onednn(2.0**30, 1024, torch.bfloat16, CPU, 8)
+            assert not by_onednn(2.0**20, 1024, torch.float32, CPU, 8)
+            assert not by_onednn(2.0**30, 16, torch.float32, CPU, 8)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is left to oneDNN")
+def test_only_a_single_product_where_long_vectors_are_taken_in_halves(monkeypatch):
+    left, right = torch.randn(2, 128, 256), torch.randn(2, 256, 512)
+    shapes, original = [], products._by_onednn
+    monkeypatch.setattr(products, "_by_onednn", lambda *ab: shapes.append(ab[0].shape) or original(*ab))
+    with on(AMD_HALVES):
+        assert not by_onednn(2.0**30, 1024, torch.float32, CPU, 2)
+        assert by_onednn(2.0**30, 16, torch.float32, CPU, 1)
+        assert not by_onednn(2.0**20, 16, torch.float32, CPU, 1)
+        expected = left.double() @ right.double()
+        torch.testing.assert_close(batched(left, right).double(), expected, rtol=1e-5, atol=1e-3)
+        assert not shapes
+        torch.testing.assert_close(batched(left[:1], right[:1]), expected[:1].float(), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(product(left[0], right[0]), expected[0].float(), rtol=1e-5, atol=1e-3)
+        assert len(shapes) == 2
 
 
 def laid_out(shape, layout):

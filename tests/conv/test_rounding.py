@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psgrad.conv import products, weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv import ordinary, products, weight_grad_sq_norms, weight_grads, weighted_weight_grad
 from psgrad.conv.problem import normalise
+from psgrad.conv.processor import Processor
 from psgrad.conv.strategies import STRATEGIES, unfold
 from tests.conv.test_strategies import NAMES, served, set_budget, sq_norms_of
-from tests.machines import AMD, on
+from tests.machines import AMD, AMD_HALVES, on
 from tests.problems import ConvProblem, conv_problems
 
 
@@ -92,14 +93,19 @@ def terms_of(problem: ConvProblem) -> int:
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is left to oneDNN")
 @pytest.mark.parametrize("name", [*NAMES, "unfold window", "unfold row"])
+@pytest.mark.parametrize("cpu", [AMD, AMD_HALVES], ids=["whole vectors", "halves"])
 @settings(max_examples=60)
 @given(problem=conv_problems(dtype=torch.float32))
-def test_float32_by_onednn_keeps_to_the_rounding_bound(name: str, problem: ConvProblem) -> None:
+def test_float32_by_onednn_keeps_to_the_rounding_bound(
+    name: str, cpu: Processor, problem: ConvProblem
+) -> None:
     """As on a CPU whose MKL is slow, with no product too small."""
     name, _, order = name.partition(" ")
-    with pytest.MonkeyPatch.context() as patch, on(AMD):
+    with pytest.MonkeyPatch.context() as patch, on(cpu):
         for constant in ("LARGE", "LEAST_INNER"):
             patch.setattr(products, constant, 1)
+        for constant in ("LEAST_ALONE", "MANY_POSITIONS"):
+            patch.setattr(ordinary, constant, 1)
         patch.setattr(unfold, "CALLS", 1)
         if order:
             by_row = order == "row" and problem.rows_per_sample == 1

@@ -16,6 +16,7 @@ from psgrad import ConfigError
 from psgrad.bench.case_sets import CASE_SETS
 from psgrad.conv import rates
 from psgrad.conv.planner import DeviceRates
+from psgrad.conv.processor import Processor
 from recipes import bench_conv
 from recipes.config import from_command_line
 
@@ -97,9 +98,13 @@ def test_tf32_on_the_cpu_is_refused() -> None:
 
 
 def test_a_report_goes_to_the_folder_of_its_machine() -> None:
-    chosen = bench_conv.default_folder(settings(), "Intel(R) Xeon(R) Processor", "AVX512")
-    assert chosen == Path(f"docs/results/xeon-avx512-{os.cpu_count()}-cores/bench_conv")
-    assert bench_conv.default_folder(settings("--quick"), "any", "AVX2") == Path("runs/bench_conv")
+    names = {}
+    for version in ("", "cpu family 25, model 17", "cpu family 26, model 2"):
+        cpu = Processor("AuthenticAMD", "AMD EPYC", version, "AVX512")
+        names[version] = bench_conv.default_folder(settings(), cpu, cpu.name).parent.name
+        assert bench_conv.default_folder(settings("--quick"), cpu, cpu.name) == Path("runs/bench_conv")
+    cores = f"avx512-{os.cpu_count()}-cores"
+    assert list(names.values()) == [f"epyc-{cores}", f"epyc-family25-{cores}", f"epyc-family26-{cores}"]
 
 
 def test_every_set_can_be_chosen_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:

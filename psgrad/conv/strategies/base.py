@@ -105,6 +105,9 @@ class Strategy(ABC):
 
     def weighted_sum(self, x: Tensor, grad: Tensor, problem: WeightGradProblem, factors: Tensor) -> Tensor:
         """`sum_n factors[n] * grads[n]` of N > 0 samples, from gradients made in chunks; 0 removes one."""
+        if problem.samples == 1:
+            only = drop_removed(self.kept(x, grad, problem), factors)
+            return (only[0] * factors.to(only.dtype)).contiguous()
         total = RunningSum(x.dtype)
         for grads, here in self.kept_in_chunks(x, grad, problem):
             part = factors[here]

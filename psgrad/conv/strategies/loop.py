@@ -41,7 +41,7 @@ class Loop(Strategy):
         slowdown = backend_slowdown(one)
         if as_product(one) is not None:
             inner = p.rows_per_sample * p.positions
-            slowdown = slowdown_of_products(one.flops / p.groups, inner, p.dtype, p.device)
+            slowdown = slowdown_of_products(one.flops / p.groups, inner, p.dtype, p.device, p.groups)
         if p.samples > 1 and p.groups > 1 and p.in_per_group > 1:
             slowdown *= 1.5  # one sample's groups keep threads less busy than all samples' do
         written = 1 if p.samples == 1 else 3

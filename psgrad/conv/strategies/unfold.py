@@ -62,7 +62,7 @@ class Unfold(Strategy):
             flops=p.flops,
             bytes=p.samples * moved,
             calls=2 + (duplicates and p.in_per_group == 1) + p.samples * p.groups // 30,
-            slowdown=_slowdown(p, verb) * slowdown_of_products(*_one_product(p, order), p.dtype, p.device),
+            slowdown=_slowdown(p, verb) * _slowdown_of_products(p, order, verb),
             peak_bytes=min(self._chunk(problem, verb), p.samples) * temporary,
             fast_in_half=True,
         )
@@ -143,6 +143,13 @@ def _slowdown(problem: WeightGradProblem, verb: Verb) -> float:
     return alone * (STRIDED if strided and verb == "sq_norms" else 1.0) * (2.0 if thin else 1.0)
 
 
+def _slowdown_of_products(problem: WeightGradProblem, order: Order, verb: Verb) -> float:
+    p = problem
+    alone = p.samples == 1 or (verb == "sq_norms" and _as_made(p, order))
+    products = p.groups * (1 if alone else p.samples)
+    return slowdown_of_products(*_one_product(p, order), p.dtype, p.device, products)
+
+
 def _is_temporary(problem: WeightGradProblem, verb: Verb) -> bool:
     """Whether gradients as they are computed are not yet the result."""
     return verb == "sq_norms" or _widened(problem).dtype != problem.dtype
@@ -214,7 +221,8 @@ def _one_product(problem: WeightGradProblem, order: Order) -> tuple[float, int]:
 def _as_made(problem: WeightGradProblem, order: Order) -> bool:
     """Whether a sample's gradient is left where its product was made: oneDNN's take no place to write to."""
     p, (flops, inner) = problem, _one_product(problem, order)
-    return order != "row" and p.groups == 1 and by_onednn(flops / CALLS, inner, p.dtype, p.device)
+    calls = CALLS if p.samples > 1 else 1
+    return order != "row" and p.groups == 1 and by_onednn(flops / calls, inner, p.dtype, p.device, 1)
 
 
 def _products(
