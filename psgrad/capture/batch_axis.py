@@ -8,9 +8,47 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from psgrad.errors import CaptureError
+from psgrad.capture.stand_in import StandIn
+from psgrad.capture.survey import Layer, OtherRowsError
+from psgrad.errors import CaptureError, ShapeError
 
-__all__ = ["check_rows", "refuse_unseen"]
+__all__ = ["check_layer_rows", "check_rows", "refuse_unseen"]
+
+
+def check_layer_rows(layer: Layer, x: Tensor, rows_per_sample: int, expected: int | None) -> None:
+    """Raise where a layer's input has not the batch in axis 0.
+
+    Parameters
+    ----------
+    layer
+        With a rule.
+    x
+        Its input.
+    rows_per_sample
+        K.
+    expected
+        N K of the model's batch; None where the layer was called by itself.
+
+    Raises
+    ------
+    ShapeError
+        If the layer takes no such input.
+    OtherRowsError
+        If it does, but not for the batch.
+
+    """
+    assert layer.rule is not None
+    error = layer.rule.input_error(layer.module, x)
+    if error is not None:
+        raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
+    rows = x.shape[0]
+    if rows % rows_per_sample or expected not in (None, rows) or isinstance(x, StandIn):
+        wanted = "rows" if expected is None else f"{expected} rows"
+        raise OtherRowsError(
+            layer,
+            f"called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
+            f"model's input, {wanted} with rows_per_sample={rows_per_sample}",
+        )
 
 
 def refuse_unseen(args: Any, kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.capture.batch_axis import check_rows, refuse_unseen
+from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_unseen
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
@@ -38,6 +38,7 @@ from psgrad.capture.recorder import (
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.repeatable import Gate, RepeatableCall
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
+from psgrad.capture.shared_rows import SharedRows
 from psgrad.capture.survey import (
     Layer,
     OtherRowsError,
@@ -111,6 +112,7 @@ class Capture:
         self._trainable = trainable_of(module)
         self._remember()
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
+        self._shared = SharedRows()
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
         self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
         self._handles: list[RemovableHandle] = [
@@ -252,12 +254,13 @@ class Capture:
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         before, self._root_rows = self._root_rows, rows
+        run = partial(self._run_model, forward, args, kwargs)
         try:
             while True:
-                root = self._layers.get("")
+                direct = self._own.direct(rows or 0, self._shared.refused)
                 try:
-                    out = self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
-                    if root and rows and torch.is_grad_enabled() and self._own.is_region(""):
+                    out = self._shared.run(direct, self._module, (args, kwargs), run)
+                    if "" in self._layers and rows and torch.is_grad_enabled() and self._own.is_region(""):
                         check_rows(out, rows, args, kwargs)
                     return out
                 except OtherRowsError as error:
@@ -265,6 +268,10 @@ class Capture:
                         raise
         finally:
             self._root_rows = before  # a submodule called on its own may have another batch
+
+    def _run_model(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        root = self._layers.get("")
+        return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
 
     def _widen(self, path: str) -> Layer | None:
         """Make the next module around this one a region: there all rows are one sample's.
@@ -321,17 +328,10 @@ class Capture:
         rest += [value for name, value in kwargs.items() if name != "input"]
         if region is not None:
             return self._run_rule_in_region(region, layer, layer.rule, x, rest)
-        error = layer.rule.input_error(layer.module, x)
-        if error is not None:
-            raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
-        rows = x.shape[0]
-        if rows % self._rows_per_sample or self._root_rows not in (None, rows):
-            expected = f"{self._root_rows} rows" if self._root_rows is not None else "rows"
-            raise OtherRowsError(
-                layer,
-                f"called with {rows} rows, {tuple(x.shape)}: axis 0 must be the batch of the "
-                f"model's input, {expected} with rows_per_sample={self._rows_per_sample}",
-            )
+        if self._shared.has(layer, x, self._root_rows, trying=self._learning.trying):
+            run = partial(self._run_rule, layer, layer.rule, rest=rest, rows_per_sample=1)
+            return self._shared.look_up(layer, run, x, (self._root_rows or 0) // self._rows_per_sample)
+        check_layer_rows(layer, x, self._rows_per_sample, self._root_rows)
         return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 
     def _run_rule_in_region(

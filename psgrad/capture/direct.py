@@ -3,8 +3,9 @@
 While its forward runs, a stand-in is in each parameter's place, and everything that torch is called for with
 one comes here. A class token that is expanded over the batch and put beside the batch's rows, a position
 embedding or layer scale that is broadcast over them, a linear map or an attention by function: in these,
-sample n's rows meet sample n's own copy of the parameter and no other. Whatever else is done with a stand-in
-is an `UnknownUseError`, and the module runs one sample at a time instead (`psgrad.capture.region`).
+sample n's rows meet sample n's own copy of the parameter and no other. What is computed of parameters alone
+is computed of every sample's copies, under `torch.vmap`. Whatever else is done with a stand-in is an
+`UnknownUseError`, and the module runs one sample at a time instead (`psgrad.capture.region`).
 
 What is known of a tensor is what layers with a rule take as known: that its axis 0 is the batch, because it
 has the batch's rows whatever their number. It also must come from the batch: an input, or what requires grad.
@@ -12,17 +13,28 @@ has the batch's rows whatever their number. It also must come from the batch: an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from psgrad.capture.copies import Record, own_copies
+from psgrad.capture.stand_in import (
+    BROADCAST,
+    EXPANSIONS,
+    IN_PLACE,
+    JOINS,
+    StandIn,
+    named,
+    sizes_of,
+    writes,
+)
 from psgrad.capture.swap import shown, swapped
-from psgrad.errors import CaptureError
+from psgrad.errors import CaptureError, PsgradError
 from psgrad.layers import RULES, LayerRule
 
 __all__ = ["Direct", "UnknownUseError"]
@@ -30,51 +42,6 @@ __all__ = ["Direct", "UnknownUseError"]
 
 class UnknownUseError(CaptureError):
     """A parameter is used in a way that is not known to keep the samples apart."""
-
-
-class StandIn(Tensor):
-    """What a module sees in a parameter's place; it has no values.
-
-    Attributes
-    ----------
-    run
-        Whose it is.
-    parameter
-        Which it stands in for.
-    rows
-        None for the parameter as it is; or, once expanded over the batch, the batch's copies `[(N K), ..]`.
-
-    """
-
-    run: Direct
-    parameter: nn.Parameter
-    rows: Tensor | None
-
-    @staticmethod
-    def of(run: Direct, p: nn.Parameter, rows: Tensor | None = None) -> StandIn:
-        """Make one."""
-        like = p if rows is None else rows
-        made = Tensor._make_wrapper_subclass(
-            StandIn, like.shape, dtype=like.dtype, device=like.device, requires_grad=True
-        )
-        made.run, made.parameter, made.rows = run, p, rows
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in ABOUT:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        stand_in = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, StandIn))
-        with torch._C.DisableTorchFunctionSubclass():
-            run = stand_in.run
-        return run.use(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it static
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise UnknownUseError(f"{func} got a parameter's stand-in")
 
 
 class Direct:
@@ -91,6 +58,8 @@ class Direct:
         weight and bias, on an input whose axis 0 is the batch.
     anchor
         A scalar that requires grad.
+    error
+        Makes of a reason what an unknown use raises.
 
     """
 
@@ -101,16 +70,20 @@ class Direct:
         record: Record,
         by_rule: Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor],
         anchor: Tensor,
+        error: Callable[[str], PsgradError] = UnknownUseError,
     ) -> None:
+        self._error = error
         self._rows = rows
         self._rows_per_sample = rows_per_sample
         self._record = record
         self._anchor = anchor
         self._by_rule = by_rule
         self._stand_ins: dict[nn.Parameter, StandIn] = {}
-        self._expanded: dict[nn.Parameter, Tensor] = {}
+        self._copies: dict[Tensor, Tensor] = {}  # every sample's, `[N, *shape]`, of what is stood in for
+        self._expanded: dict[Tensor, Tensor] = {}
+        self._module: nn.Module | None = None
         self._inputs: list[Any] = []
-        self._unknown: UnknownUseError | None = None
+        self._unknown: PsgradError | None = None
         self._over = False
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -122,18 +95,40 @@ class Direct:
             If one was used in an unknown way, also where the module's own code caught that.
 
         """
-        self._inputs = tree_leaves((args, kwargs))
+        with self.given(module, (args, kwargs)), swapped(shown(module), self._stand_in):
+            out = forward(*args, **kwargs)
+        self.check(out)
+        return out
+
+    @contextmanager
+    def given(self, module: nn.Module, inputs: Any) -> Iterator[None]:
+        """Know the module and its inputs while it runs; its stand-ins are of no use afterwards."""
+        self._module, self._inputs = module, tree_leaves(inputs)
         try:
-            with swapped(shown(module), self._stand_in):
-                out = forward(*args, **kwargs)
+            yield
         finally:
             self._over = True
-            self._inputs = []
+            self._module, self._inputs = None, []
+
+    def check(self, out: Any) -> None:
+        """Raise if there was an unknown use in the run that is over, or there is one in what it returned.
+
+        Raises
+        ------
+        PsgradError
+            If there is: the run's error.
+
+        """
         if self._unknown is not None:
             raise self._unknown
         if any(isinstance(t, StandIn) for t in tree_leaves(out)):
             self._refuse("what the module returns has a parameter that no row of the batch has met")
-        return out
+
+    def computed(self, copies: Tensor) -> StandIn:
+        """Stand in for a tensor of which every sample has a copy, `[N, *shape]`."""
+        value = copies.new_empty(()).expand(copies.shape[1:])
+        self._copies[value] = copies
+        return StandIn.of(self, value)
 
     def use(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what torch was called for.
@@ -145,7 +140,9 @@ class Direct:
 
         """
         if self._over:
-            self._refuse(f"{_named(func)} got a parameter that a module had kept from its last forward")
+            self._refuse(f"{named(func)} got a parameter that a module had kept from its last forward")
+        if self._is_of_parameters_alone(func, args, kwargs):
+            return self._of_copies(func, args, kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.layer_norm:
@@ -158,10 +155,48 @@ class Direct:
             return self._expansion(func, *args)
         if func in JOINS and kwargs.keys() <= {"dim"}:
             return self._join(func, *args, **kwargs)
-        return self._refuse(f"{_named(func)} is not known to keep the samples apart")
+        return self._refuse(f"{named(func)} is not known to keep the samples apart")
+
+    def _is_of_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, StandIn):
+                if t.run is not self or t.rows is not None:
+                    return False
+            elif isinstance(t, Tensor) and not self._is_constant(t):
+                return False
+        return func not in EXPANSIONS or sizes_of(args[1:])[:1] != (self._rows,)
+
+    def _is_constant(self, t: Tensor) -> bool:
+        """Whether a tensor is the module's own, or a part of one: any other may be the batch."""
+        if t.requires_grad or any(t is given for given in self._inputs):
+            return False
+        if t.ndim == 0 or self._module is None:
+            return t.ndim == 0
+        own = (*self._module.buffers(), *self._module.parameters())
+        return any(t is b or t._base is b for b in own)
+
+    def _of_copies(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute of every sample's copies what is asked for of parameters alone."""
+        if writes(func, kwargs):
+            self._refuse(f"{named(func)} would write to a parameter")
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, StandIn)]
+
+        def one(*own: Tensor) -> Any:
+            filled = list(leaves)
+            for i, tensor in zip(places, own, strict=True):
+                filled[i] = tensor
+            inner_args, inner_kwargs = tree_unflatten(filled, structure)
+            return func(*inner_args, **inner_kwargs)
+
+        try:
+            copies = torch.vmap(one)(*(self._copies_of(leaves[i].value) for i in places))
+        except Exception as error:  # whatever vmap or the function may raise
+            self._refuse(f"{named(func)} of a parameter: {error}")
+        return tree_map(self.computed, copies)
 
     def _refuse(self, reason: str) -> NoReturn:
-        self._unknown = UnknownUseError(reason)
+        self._unknown = self._error(reason)
         raise self._unknown
 
     def _stand_in(self, p: nn.Parameter) -> StandIn:
@@ -175,57 +210,62 @@ class Direct:
             return False
         return t.requires_grad or any(t is given for given in self._inputs)
 
-    def _rows_of(self, p: nn.Parameter) -> Tensor:
-        """Every row's copy, `[(N K), *shape]`."""
-        if p not in self._expanded:
+    def _copies_of(self, value: Tensor) -> Tensor:
+        """Every sample's copy, `[N, *shape]`."""
+        if value not in self._copies:
+            assert isinstance(value, nn.Parameter)
             samples = self._rows // self._rows_per_sample
-            copies = own_copies(self._record, p, samples, self._anchor)
+            self._copies[value] = own_copies(self._record, value, samples, self._anchor)
+        return self._copies[value]
+
+    def _rows_of(self, value: Tensor) -> Tensor:
+        """Every row's copy, `[(N K), *shape]`."""
+        if value not in self._expanded:
+            copies = self._copies_of(value)
             if self._rows_per_sample > 1:  # N.. -> (NK)..
-                copies = copies.unsqueeze(1).expand(-1, self._rows_per_sample, *p.shape).flatten(0, 1)
-            self._expanded[p] = copies
-        return self._expanded[p]
+                copies = copies.unsqueeze(1).expand(-1, self._rows_per_sample, *value.shape).flatten(0, 1)
+            self._expanded[value] = copies
+        return self._expanded[value]
 
     def _over_batch(self, stand_in: StandIn, ndim: int) -> Tensor:
         """Copies for the rows of a tensor with `ndim` axes, of which the parameter has those at the end."""
-        p = stand_in.parameter
+        value = stand_in.value
         if stand_in.rows is not None:
             if stand_in.rows.ndim != ndim:
-                self._refuse(f"copies of {tuple(p.shape)} for every row, used with {ndim} axes")
+                self._refuse(f"copies of {tuple(value.shape)} for every row, used with {ndim} axes")
             return stand_in.rows
-        rows = self._rows_of(p)
-        if p.ndim == ndim and p.shape[0] == 1:
+        rows = self._rows_of(value)
+        if value.ndim == ndim and value.shape[0] == 1:
             return rows.squeeze(1)
-        if p.ndim < ndim:
-            return rows.reshape(self._rows, *(1,) * (ndim - 1 - p.ndim), *p.shape)
-        return self._refuse(f"a parameter {tuple(p.shape)} is not the same for every row of {ndim} axes")
+        if value.ndim < ndim:
+            return rows.reshape(self._rows, *(1,) * (ndim - 1 - value.ndim), *value.shape)
+        return self._refuse(f"a parameter {tuple(value.shape)} is not the same for every row of {ndim} axes")
 
     def _aligned(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Of an operator on a stand-in and the batch, both in either order, the operands."""
         if len(args) != 2 or sum(map(self._is_batch, args)) != 1:
-            self._refuse(f"{_named(func)} of a parameter and what is not known to be the batch")
+            self._refuse(f"{named(func)} of a parameter and what is not known to be the batch")
         first, second = args
         if isinstance(second, StandIn):
             return first, self._over_batch(second, first.ndim)
         if func in IN_PLACE:
-            self._refuse(f"{_named(func)} would write to a parameter")
+            self._refuse(f"{named(func)} would write to a parameter")
         return self._over_batch(first, second.ndim), second
 
     def _expansion(self, func: Any, stand_in: Any, *sizes: Any) -> StandIn:
-        if func is Tensor.expand_as:
-            sizes = sizes[0].shape if self._is_batch(sizes[0]) else ()
-        sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+        sizes = sizes_of(sizes) if func is not Tensor.expand_as or self._is_batch(sizes[0]) else ()
         if not isinstance(stand_in, StandIn) or stand_in.rows is not None or sizes[:1] != (self._rows,):
-            self._refuse(f"{_named(func)} of a parameter, but not over the {self._rows} rows of the batch")
+            self._refuse(f"{named(func)} of a parameter, but not over the {self._rows} rows of the batch")
         rows = self._over_batch(stand_in, len(sizes))
         if func is Tensor.repeat:
-            return StandIn.of(self, stand_in.parameter, rows.repeat(1, *sizes[1:]))
-        return StandIn.of(self, stand_in.parameter, rows.expand(sizes))
+            return StandIn.of(self, stand_in.value, rows.repeat(1, *sizes[1:]))
+        return StandIn.of(self, stand_in.value, rows.expand(sizes))
 
     def _join(self, func: Any, tensors: Any, dim: int = 0) -> Tensor:
         batch = [t for t in tensors if self._is_batch(t)]
         copies = [t.rows for t in tensors if isinstance(t, StandIn) and t.rows is not None]
         if not batch or len(batch) + len(copies) != len(tensors) or dim % batch[0].ndim == 0:
-            self._refuse(f"{_named(func)} of a parameter, but not beside the batch's rows")
+            self._refuse(f"{named(func)} of a parameter, but not beside the batch's rows")
         return func([t.rows if isinstance(t, StandIn) else t for t in tensors], dim)
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Tensor:
@@ -239,12 +279,12 @@ class Direct:
 
     def _layer(self, rule: LayerRule, layer: nn.Module, x: Any, weight: Any, bias: Any) -> Tensor:
         """Compute by a rule what a function computes of the batch and parameters as they are."""
-        given = [t.parameter if isinstance(t, StandIn) and t.rows is None else t for t in (weight, bias)]
-        if given[0] is None or any(type(p) is not nn.Parameter for p in given if p is not None):
+        weight, bias = (t.value if isinstance(t, StandIn) and t.rows is None else t for t in (weight, bias))
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             self._refuse("a function of a layer, with a weight or bias that is computed")
         if isinstance(x, StandIn) or x.shape[:1] != (self._rows,) or rule.input_error(layer, x) is not None:
             self._refuse("a function of a layer, of what is not known to be the batch")
-        return self._by_rule(rule, layer, given[0], given[1], x)
+        return self._by_rule(rule, layer, weight, bias, x)
 
     def _attention(
         self,
@@ -285,32 +325,3 @@ class Direct:
         mask, dropout = None if causal else attn_mask, dropout if training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
         return self._linear(mixed.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
-
-
-def _named(func: Any) -> str:
-    return getattr(func, "__name__", str(func))
-
-
-def _functions(*names: str) -> frozenset[Any]:
-    found = [getattr(owner, name, None) for owner in (torch, Tensor) for name in names]
-    return frozenset(f for f in found if f is not None)
-
-
-ABOUT = frozenset(
-    {
-        *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")),
-        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "layout", "is_leaf")),
-        *_functions("size", "dim", "numel", "is_floating_point", "__len__"),
-    }
-)
-"""What asks about a parameter, but not for its values."""
-
-IN_PLACE = _functions("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-BROADCAST = IN_PLACE | _functions(
-    *("add", "sub", "mul", "div", "subtract", "multiply", "divide", "true_divide"),
-    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
-)
-"""Operators that compute every element of the result from one of each operand."""
-
-EXPANSIONS = _functions("expand", "expand_as", "repeat")
-JOINS = _functions("cat", "concat", "concatenate")

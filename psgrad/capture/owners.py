@@ -13,7 +13,7 @@ from psgrad.capture.direct import Direct, UnknownUseError
 from psgrad.capture.learning import Learning
 from psgrad.capture.region import Region, Use, first_rows
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
-from psgrad.errors import CaptureError, ShapeError
+from psgrad.errors import CaptureError, PsgradError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
@@ -132,7 +132,7 @@ class Owners:
         inside, known = self._inside, dict(self._as_a_whole)
         self._inside = True
         try:
-            out = self._direct(rows).run(layer.module, forward, args, kwargs)
+            out = self.direct(rows).run(layer.module, forward, args, kwargs)
             if not (inside or known.get(layer.path) or type(layer.module) in OPAQUE):
                 check_samples_apart(layer.module, args, kwargs, rows, self._rows_per_sample)
         except Exception as error:  # whatever a module may raise that is given a stand-in, or other samples
@@ -158,7 +158,7 @@ class Owners:
         """
         versions = [t._version for _, t in _tensors(args, kwargs)]
         try:
-            return True, self._direct(rows).run(layer.module, forward, args, kwargs)
+            return True, self.direct(rows).run(layer.module, forward, args, kwargs)
         except UnknownUseError as error:
             if versions == [t._version for _, t in _tensors(args, kwargs)]:
                 return False, None
@@ -167,8 +167,9 @@ class Owners:
                 "came there: let the first batch take this branch, or copy the input."
             ) from error
 
-    def _direct(self, rows: int) -> Direct:
-        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor)
+    def direct(self, rows: int, error: Callable[[str], PsgradError] = UnknownUseError) -> Direct:
+        """Return what runs on the batch as a whole, of so many rows; see `Direct`."""
+        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error)
 
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:

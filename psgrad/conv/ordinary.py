@@ -112,8 +112,8 @@ def _fast_by_onednn(problem: WeightGradProblem, rows: int) -> bool:
 def _fast_in_halves(problem: WeightGradProblem, rows: int) -> bool:
     """Whether products by either library beat a convolution where long vectors are taken in halves.
 
-    One row's took 0.3 to 0.9 of the time on twelve layers with kernels of one element, strided or not; of 8 to
-    256 rows 0.2 to 0.95 from 784 positions on, 0.5 to 2 below.
+    One row's took 0.3 to 0.9 of the time on twelve layers with kernels of one element, strided or not; of 8
+    to 256 rows 0.2 to 0.95 from 784 positions on, 0.5 to 2 below.
     """
     p = problem
     if p.geometry.kernel_positions > 1:

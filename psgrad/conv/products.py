@@ -1,9 +1,9 @@
 """Matrix products, by the faster of the two libraries that PyTorch has for them on a CPU.
 
 PyTorch multiplies float32 matrices with Intel's MKL, which on other makers' processors stays with vectors of
-8 floats where there are 16. oneDNN, which convolves, does not: on two cores of an AMD EPYC with AVX-512 (Zen 5)
-a product of 1536 x 1536 x 1536 ran at 216 GFLOP/s by the one and at 460 by the other. PyTorch's own `nn.Linear`
-calls oneDNN by the same operator when it is compiled.
+8 floats where there are 16. oneDNN, which convolves, does not: on two cores of an AMD EPYC with AVX-512
+(Zen 5) a product of 1536 x 1536 x 1536 ran at 216 GFLOP/s by the one and at 460 by the other. PyTorch's own
+`nn.Linear` calls oneDNN by the same operator when it is compiled.
 
 Where the CPU itself takes 16 floats in two halves (Zen 4), it is 200 and 219 GFLOP/s. But MKL shares a single
 product among threads badly there: oneDNN took 0.5 to 0.95 of its time from 2**24 FLOPs on, and of several
@@ -47,9 +47,7 @@ def mkl_slowdown(dtype: torch.dtype, device: torch.device) -> float:
     return SLOWDOWN_IN_HALVES if halves_long_vectors() else SLOWDOWN
 
 
-def by_onednn(
-    flops_each: float, inner: int, dtype: torch.dtype, device: torch.device, products: int
-) -> bool:
+def by_onednn(flops_each: float, inner: int, dtype: torch.dtype, device: torch.device, products: int) -> bool:
     """Whether so many products of so many FLOPs each, adding up so many elements, are left to oneDNN."""
     if mkl_slowdown(dtype, device) == 1 or flops_each < LARGE:
         return False

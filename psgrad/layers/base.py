@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -67,6 +67,9 @@ class LayerRule(ABC):
     `grads` is what a rule must say; `sq_norms` and `weighted_sum` follow from it, and a rule
     overrides them where there is a way that does not write every gradient.
     """
+
+    looks_up: ClassVar[bool] = False
+    """Whether the input only tells which rows of the weight the output has, so that samples may share it."""
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why the settings of this module make per-sample gradients impossible, or None."""

@@ -16,6 +16,8 @@ __all__ = ["Embedding"]
 class Embedding(LayerRule):
     """`grad[n, v] = sum over the positions t of sample n with x_t = v of g_t`."""
 
+    looks_up = True
+
     def refusal(self, module: nn.Module) -> str | None:
         """Refuse what changes the weight or its gradient by looking at the whole batch."""
         if module.scale_grad_by_freq:

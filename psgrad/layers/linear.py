@@ -23,7 +23,7 @@ from psgrad.layers.base import (
     squared_norms,
 )
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "TransposedLinear"]
 
 CHUNK_BYTES = 4 * 2**20
 """Of gradients that are made to be squared, and perhaps added up."""
@@ -99,6 +99,33 @@ class Linear(LayerRule):
         if "bias" in call.wanted:
             sums["bias"] = scale @ g
         return sums
+
+
+class TransposedLinear(Linear):
+    """`N I(KT) @ N (KT)O -> N I O`, the gradient of `x @ weight + bias`: the `Conv1D` of GPT-2."""
+
+    def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
+        """See `LayerRule.forward`."""
+        weight = params["weight"]
+        assert weight is not None
+        return F.linear(x, weight.T, params["bias"])
+
+    def grads(self, call: LayerCall) -> dict[str, Tensor]:
+        """See `LayerRule.grads`."""
+        return _transposed(super().grads(call))
+
+    def norms_and_sums(self, call: LayerCall) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """See `LayerRule.norms_and_sums`."""
+        found = super().norms_and_sums(call)
+        return None if found is None else (found[0], _transposed(found[1]))
+
+    def weighted_sum(self, call: LayerCall, factors: Tensor) -> dict[str, Tensor]:
+        """See `LayerRule.weighted_sum`."""
+        return _transposed(super().weighted_sum(call, factors))
+
+
+def _transposed(of: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.mT.contiguous() if name == "weight" else t for name, t in of.items()}
 
 
 def _operands(call: LayerCall) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ class Uses(nn.Module):
         self.table = nn.Parameter(torch.randn(1, 5, 3))
         self.token = nn.Parameter(torch.randn(1, 1, 3))
         self.square = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("constant", torch.randn(5, 3))
 
     def forward(self, x):
         h = torch.tanh(self.inner(x))
@@ -36,7 +37,7 @@ def written_to(self, h):
 
 def caught(self, h):
     try:
-        return h + self.row.sin()
+        return h @ self.square.tanh()
     except CaptureError:
         return h
 
@@ -85,6 +86,16 @@ KNOWN = {
     "layer norm": lambda self, h: F.layer_norm(h, (3,), self.row, self.inner.bias),
     "child's weight": lambda self, h: F.linear(h, self.inner.weight, self.row) * self.inner.bias,
     "twice": twice,
+    "function": lambda self, h: h * self.row.sigmoid(),
+    "two parameters": lambda self, h: h + (self.row + self.table),
+    "part": lambda self, h: h + self.table[:, 1:4].mean(1, keepdim=True) * self.square[0, None],
+    "moved": lambda self, h: h * self.table.to(h.dtype).transpose(0, 1)[:, 0].unsqueeze(0),
+    "pieces": lambda self, h: h * self.square.split(1)[1] + self.square.unbind()[2],
+    "repeated in itself": lambda self, h: h + self.row.expand(1, 5, -1) * self.token.repeat(1, 5, 1),
+    "resized": lambda self, h: h + F.interpolate(self.table[:, :4].mT, 5, mode="linear").mT,
+    "with a constant": lambda self, h: h + F.linear(self.constant[:5], self.square, self.row),
+    "expanded once computed": lambda self, h: torch.cat([h, self.token.exp().expand(len(h), -1, -1)], 1),
+    "detached": lambda self, h: h * self.row + self.row.detach(),
 }
 UNKNOWN = {
     "mean over copies": lambda self, h: h + self.token.expand(len(h), 5, 3).mean(0),
@@ -96,10 +107,12 @@ UNKNOWN = {
     "plus zeros": lambda self, h: h + (self.token + h.new_zeros(len(h), 5, 3)).mean(0),
     "along the batch": lambda self, h: (h.transpose(0, 1) + self.table.transpose(0, 1)).transpose(0, 1),
     "matrix": lambda self, h: h @ self.square,
-    "function": lambda self, h: h * self.row.sigmoid(),
-    "two parameters": lambda self, h: h + (self.row + self.table),
     "computed weight": lambda self, h: F.linear(h, self.square.tril()),
     "caught": caught,
+    "made for the occasion": lambda self, h: h + F.linear(torch.ones_like(h[0]), self.square, self.row),
+    "counted": lambda self, h: h + self.table[0, torch.arange(5)],
+    "written to": lambda self, h: h + self.row.sin().add_(1),
+    "at random": lambda self, h: h + F.dropout(self.row, 0.5) * 0,
     "centred": lambda self, h: h * self.row - h.mean(0),
     "centred in a child": lambda self, h: Centred()(h) * self.row,
 }
@@ -134,8 +147,8 @@ def grads_unused(model, x):
     return [p for p, grad in zip(model.parameters(), grads, strict=True) if grad is None]
 
 
-@pytest.mark.parametrize("rows_per_sample", [1, 2])
-@pytest.mark.parametrize("rows", [6, 10])  # with K = 2, as many samples as steps
+# the first and the last have as many rows, or samples, as there are steps
+@pytest.mark.parametrize(("rows", "rows_per_sample"), [(5, 1), (6, 1), (6, 2), (10, 2)])
 @pytest.mark.parametrize("name", KNOWN | UNKNOWN)
 def test_every_use(name, rows, rows_per_sample):
     x = torch.randn(rows, 5, 3, dtype=torch.double)
@@ -195,9 +208,7 @@ def test_causal_attention():
 
 
 def test_a_use_that_only_a_later_batch_has():
-    model = model_of(
-        lambda self, h: h + (self.table.flip(1) if h.shape[0] == 6 and self.late else self.table)
-    )
+    model = model_of(lambda self, h: h + (h @ self.square if h.shape[0] == 6 and self.late else self.table))
     model[0].late = False
     x = torch.randn(6, 5, 3, dtype=torch.double)
     with PerSampleGrads(model[0]) as handle:
@@ -219,7 +230,7 @@ def test_a_use_that_only_a_later_batch_has_after_an_input_was_written_to():
         squared_loss(model, x).backward()
         assert handle.regions == ()
         model.scaled.late = True
-        with pytest.raises(CaptureError, match=r"scaled \(Scaled\): sin .*copy the input"):
+        with pytest.raises(CaptureError, match=r"scaled \(Scaled\): \w*matmul\w* .*copy the input"):
             model(x)
 
 
@@ -231,7 +242,7 @@ class Scaled(nn.Module):
 
     def forward(self, h):
         h += self.scale
-        return h * (self.scale.sin() if self.late else self.scale)
+        return h @ self.scale.diag() if self.late else h * self.scale
 
 
 class Late(nn.Module):

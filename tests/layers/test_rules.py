@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from psgrad import PerSampleGrads, clip_per_sample
-from psgrad.layers import RULES, rule_for
+from psgrad.layers import NAMED_RULES, RULES, rule_for
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
@@ -25,6 +25,20 @@ def eval_instance_norm():
     return layer
 
 
+class Conv1D(nn.Module):
+    """As Hugging Face's GPT-2 has it."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
 CASES = [
     (nn.Conv1d, lambda: nn.Conv1d(4, 6, 3, stride=2, groups=2), (4, 9)),
     (nn.Conv1d, lambda: nn.Conv1d(2, 3, 4, padding="same", dilation=2, bias=False), (2, 9)),
@@ -41,6 +55,9 @@ CASES = [
     (nn.Linear, lambda: nn.Linear(5, 3), (5,)),
     (nn.Linear, lambda: nn.Linear(5, 3, bias=False), (4, 2, 5)),
     (nn.Linear, lambda: nn.Linear(9, 8), (3, 9)),  # few positions: norms by Gram matrices
+    (Conv1D, lambda: Conv1D(3, 5), (5,)),
+    (Conv1D, lambda: Conv1D(3, 5), (4, 2, 5)),
+    (Conv1D, lambda: Conv1D(8, 9), (3, 9)),
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4, 5, 3)),
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4, 2, 3)),
     (nn.GroupNorm, lambda: nn.GroupNorm(2, 4), (4,)),
@@ -61,7 +78,9 @@ CASES = [
 
 
 def test_the_table_of_cases_is_complete():
-    assert {kind for kind, _, _ in CASES} == set(RULES)
+    kinds = {kind for kind, _, _ in CASES}
+    assert {kind for kind in kinds if kind is not Conv1D} == set(RULES)
+    assert {f"{Conv1D.__module__}.{Conv1D.__qualname__}"} == set(NAMED_RULES)
 
 
 def batch(shape, rows):
