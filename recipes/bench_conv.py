@@ -259,7 +259,7 @@ def fresh_choices() -> Iterator[None]:
 
 
 def default_folder(settings: BenchConv, cpu: Processor, machine: str) -> Path:
-    """Return where a report goes that was not told where; generations of CPU that share a name have their own."""
+    """Return where a report goes that was not told where; each CPU family has its own."""
     if settings.quick:
         return Path("runs/bench_conv")
     noise = {"r", "tm", "intel", "amd", "processor", "cpu"}

@@ -35,14 +35,18 @@ def check_layer_rows(layer: Layer, x: Tensor, rows_per_sample: int, expected: in
         If the layer takes no such input.
     OtherRowsError
         If it does, but not for the batch.
+    PsgradError
+        What the module raises that it is a stand-in of.
 
     """
     assert layer.rule is not None
+    if isinstance(x, StandIn):
+        x.run.refuse(x, f"{layer} got a parameter that no row of the batch has met")
     error = layer.rule.input_error(layer.module, x)
     if error is not None:
         raise ShapeError(f"{layer}: {error}; got {tuple(x.shape)}")
     rows = x.shape[0]
-    if rows % rows_per_sample or expected not in (None, rows) or isinstance(x, StandIn):
+    if rows % rows_per_sample or expected not in (None, rows):
         wanted = "rows" if expected is None else f"{expected} rows"
         raise OtherRowsError(
             layer,

@@ -257,7 +257,7 @@ class Capture:
         run = partial(self._run_model, forward, args, kwargs)
         try:
             while True:
-                direct = self._own.direct(rows or 0, self._shared.refused)
+                direct = self._own.direct(rows or 0, error=self._shared.refused)
                 try:
                     out = self._shared.run(direct, self._module, (args, kwargs), run)
                     if "" in self._layers and rows and torch.is_grad_enabled() and self._own.is_region(""):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +34,7 @@ from psgrad.capture.stand_in import (
     sizes_of,
     writes,
 )
+from psgrad.capture.survey import Layer
 from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError
 from psgrad.layers import RULES, LayerRule
@@ -59,7 +61,7 @@ class Direct:
     anchor
         A scalar that requires grad.
     error
-        Makes of a reason what an unknown use raises.
+        Makes of a reason and a stand-in's source what an unknown use raises.
 
     """
 
@@ -70,7 +72,7 @@ class Direct:
         record: Record,
         by_rule: Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor],
         anchor: Tensor,
-        error: Callable[[str], PsgradError] = UnknownUseError,
+        error: Callable[[str, Layer | None], PsgradError] = lambda reason, _: UnknownUseError(reason),
     ) -> None:
         self._error = error
         self._rows = rows
@@ -83,6 +85,7 @@ class Direct:
         self._expanded: dict[Tensor, Tensor] = {}
         self._module: nn.Module | None = None
         self._inputs: list[Any] = []
+        self._source: Layer | None = None  # of the stand-in that is being used
         self._unknown: PsgradError | None = None
         self._over = False
 
@@ -121,17 +124,23 @@ class Direct:
         """
         if self._unknown is not None:
             raise self._unknown
-        if any(isinstance(t, StandIn) for t in tree_leaves(out)):
-            self._refuse("what the module returns has a parameter that no row of the batch has met")
+        for t in tree_leaves(out):
+            if isinstance(t, StandIn):
+                self.refuse(t, "what the module returns has a parameter that no row of the batch has met")
 
-    def computed(self, copies: Tensor) -> StandIn:
+    def refuse(self, stand_in: StandIn, reason: str) -> NoReturn:
+        """Raise for an unknown use of a stand-in."""
+        self._source = stand_in.source
+        self._refuse(reason)
+
+    def computed(self, copies: Tensor, source: Layer | None) -> StandIn:
         """Stand in for a tensor of which every sample has a copy, `[N, *shape]`."""
-        value = copies.new_empty(()).expand(copies.shape[1:])
+        value = copies.new_empty(()).expand(copies.shape[1:]).requires_grad_(copies.requires_grad)
         self._copies[value] = copies
-        return StandIn.of(self, value)
+        return StandIn.of(self, value, source=source)
 
-    def use(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute what torch was called for.
+    def use(self, stand_in: StandIn, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what torch was called for with a stand-in.
 
         Raises
         ------
@@ -139,6 +148,7 @@ class Direct:
             If it is not known.
 
         """
+        self._source = stand_in.source
         if self._over:
             self._refuse(f"{named(func)} got a parameter that a module had kept from its last forward")
         if self._is_of_parameters_alone(func, args, kwargs):
@@ -193,10 +203,10 @@ class Direct:
             copies = torch.vmap(one)(*(self._copies_of(leaves[i].value) for i in places))
         except Exception as error:  # whatever vmap or the function may raise
             self._refuse(f"{named(func)} of a parameter: {error}")
-        return tree_map(self.computed, copies)
+        return tree_map(partial(self.computed, source=self._source), copies)
 
     def _refuse(self, reason: str) -> NoReturn:
-        self._unknown = self._error(reason)
+        self._unknown = self._error(reason, self._source)
         raise self._unknown
 
     def _stand_in(self, p: nn.Parameter) -> StandIn:
@@ -257,9 +267,8 @@ class Direct:
         if not isinstance(stand_in, StandIn) or stand_in.rows is not None or sizes[:1] != (self._rows,):
             self._refuse(f"{named(func)} of a parameter, but not over the {self._rows} rows of the batch")
         rows = self._over_batch(stand_in, len(sizes))
-        if func is Tensor.repeat:
-            return StandIn.of(self, stand_in.value, rows.repeat(1, *sizes[1:]))
-        return StandIn.of(self, stand_in.value, rows.expand(sizes))
+        rows = rows.repeat(1, *sizes[1:]) if func is Tensor.repeat else rows.expand(sizes)
+        return StandIn.of(self, stand_in.value, rows, stand_in.source)
 
     def _join(self, func: Any, tensors: Any, dim: int = 0) -> Tensor:
         batch = [t for t in tensors if self._is_batch(t)]

@@ -167,9 +167,9 @@ class Owners:
                 "came there: let the first batch take this branch, or copy the input."
             ) from error
 
-    def direct(self, rows: int, error: Callable[[str], PsgradError] = UnknownUseError) -> Direct:
+    def direct(self, rows: int, **error: Callable[[str, Layer | None], PsgradError]) -> Direct:
         """Return what runs on the batch as a whole, of so many rows; see `Direct`."""
-        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error)
+        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, **error)
 
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:

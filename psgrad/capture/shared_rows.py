@@ -29,7 +29,6 @@ class SharedRows:
     def __init__(self) -> None:
         self._paths: set[str] = set()
         self._direct: Direct | None = None
-        self._last: Layer | None = None
 
     def run(self, direct: Direct, module: nn.Module, inputs: Any, run: Callable[[], Any]) -> Any:
         """Run the model, with stand-ins of `direct`; `inputs` are what it was called with.
@@ -74,10 +73,10 @@ class SharedRows:
     def look_up(self, layer: Layer, run: Callable[[Tensor], Tensor], x: Tensor, samples: int) -> Tensor:
         """Return a stand-in for an embedding of x; `run` computes and captures it for `[N, ..]`."""
         assert self._direct is not None
-        self._last = layer
-        return self._direct.computed(run(x.expand(samples, *x.shape)))
+        return self._direct.computed(run(x.expand(samples, *x.shape)), layer)
 
-    def refused(self, reason: str) -> OtherRowsError:
+    @staticmethod
+    def refused(reason: str, layer: Layer | None) -> OtherRowsError:
         """Return what an unknown use is told by."""
-        assert self._last is not None
-        return OtherRowsError(self._last, f"looked up for the whole batch, and {reason}")
+        assert layer is not None
+        return OtherRowsError(layer, f"looked up for the whole batch, and {reason}")

@@ -12,6 +12,7 @@ from psgrad.errors import CaptureError
 
 if TYPE_CHECKING:
     from psgrad.capture.direct import Direct
+    from psgrad.capture.survey import Layer
 
 __all__ = ["BROADCAST", "EXPANSIONS", "IN_PLACE", "JOINS", "StandIn", "named", "sizes_of", "writes"]
 
@@ -27,21 +28,24 @@ class StandIn(Tensor):
         What it stands in for: a parameter, or a tensor of the shape of what was computed of parameters alone.
     rows
         None for the value as it is; or, once expanded over the batch, the batch's copies `[(N K), ..]`.
+    source
+        The layer that gave it, or what it was computed of; None if a parameter did.
 
     """
 
     run: Direct
     value: Tensor
     rows: Tensor | None
+    source: Layer | None
 
     @staticmethod
-    def of(run: Direct, value: Tensor, rows: Tensor | None = None) -> StandIn:
+    def of(run: Direct, value: Tensor, rows: Tensor | None = None, source: Layer | None = None) -> StandIn:
         """Make one."""
         like = value if rows is None else rows
         made = Tensor._make_wrapper_subclass(
-            StandIn, like.shape, dtype=like.dtype, device=like.device, requires_grad=True
+            StandIn, like.shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
-        made.run, made.value, made.rows = run, value, rows
+        made.run, made.value, made.rows, made.source = run, value, rows, source
         return made
 
     @classmethod
@@ -52,7 +56,7 @@ class StandIn(Tensor):
         stand_in = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, StandIn))
         with torch._C.DisableTorchFunctionSubclass():
             run = stand_in.run
-        return run.use(func, args, kwargs or {})
+        return run.use(stand_in, func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it static

@@ -6,8 +6,8 @@ PyTorch multiplies float32 matrices with Intel's MKL, which on other makers' pro
 `nn.Linear` calls oneDNN by the same operator when it is compiled.
 
 Where the CPU itself takes 16 floats in two halves (Zen 4), it is 200 and 219 GFLOP/s. But MKL shares a single
-product among threads badly there: oneDNN took 0.5 to 0.95 of its time from 2**24 FLOPs on, and of several
-products, which threads take whole, 0.9 to 1.4.
+product among threads badly there: oneDNN took 0.5 to 0.95 of its time from 2**24 FLOPs on; but 0.9 to 1.7
+where the left factor is transposed, and 0.9 to 1.4 of several products, which threads take whole.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def _is_left_to_onednn(left: Tensor, right: Tensor) -> bool:
     flops_each = 2.0 * rows * inner * right.shape[-1]
     return (
         by_onednn(flops_each, inner, left.dtype, left.device, batch[0] if batch else 1)
+        and (left.stride(-1) == 1 or not halves_long_vectors())
         and right.dtype == left.dtype
         and not torch.compiler.is_compiling()
         and is_plain_cpu(left)

@@ -95,6 +95,7 @@ KNOWN = {
     "resized": lambda self, h: h + F.interpolate(self.table[:, :4].mT, 5, mode="linear").mT,
     "with a constant": lambda self, h: h + F.linear(self.constant[:5], self.square, self.row),
     "expanded once computed": lambda self, h: torch.cat([h, self.token.exp().expand(len(h), -1, -1)], 1),
+    "an index": lambda self, h: h * self.row + self.square[self.row.argmax()],
     "detached": lambda self, h: h * self.row + self.row.detach(),
 }
 UNKNOWN = {
@@ -319,10 +320,14 @@ def test_a_checkpoint_around_a_direct_use():
     assert assert_exact(Outer().double(), clip_per_sample, torch.randn(4, 5, 3, dtype=torch.double)) == ()
 
 
-def test_empty_batch_of_a_direct_use():
-    model = model_of(KNOWN["scale"])
-    with PerSampleGrads(model, "sum"):
+@pytest.mark.parametrize("name", ["scale", "function", "part", "expanded once computed"])
+def test_empty_batch_of_a_direct_use(name):
+    model = model_of(KNOWN[name])
+    with PerSampleGrads(model, "sum") as handle:
         squared_loss(model, torch.randn(4, 5, 3, dtype=torch.double)).backward()
         model.zero_grad()
         model(torch.randn(0, 5, 3, dtype=torch.double)).sum().backward()
-    assert model[0].row.grad_sample.shape == (0, 3)
+        assert handle.regions == ()
+    used = [p.grad_sample for p in model[0].parameters() if p.grad_sample is not None]
+    assert len(used) > 2
+    assert {len(grads) for grads in used} == {0}

@@ -128,3 +128,28 @@ def test_a_layer_that_only_a_later_batch_gives_one_to():
         assert handle.regions == ("0",)
         for path, p in model.named_parameters():
             torch.testing.assert_close(p.grad_sample, expected[path])
+
+
+def test_an_embedding_of_all_words_in_a_row_makes_but_the_module_around_it_a_region():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(7, 3)
+
+        def forward(self, x):
+            return self.words(x.flatten()).view(*x.shape, 3)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat = Flat()
+            self.positions = nn.Embedding(9, 3)
+            self.norm = nn.LayerNorm(3)
+
+        def forward(self, x):
+            words = self.flat(x)
+            return self.norm(words) + self.positions(torch.arange(x.shape[1]))
+
+    torch.manual_seed(0)
+    x = torch.randint(7, (4, STEPS))
+    assert assert_exact(Model().double(), clip_per_sample, x) == ("flat",)

@@ -57,6 +57,9 @@ def test_only_a_single_product_where_long_vectors_are_taken_in_halves(monkeypatc
         torch.testing.assert_close(batched(left[:1], right[:1]), expected[:1].float(), rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(product(left[0], right[0]), expected[0].float(), rtol=1e-5, atol=1e-3)
         assert len(shapes) == 2
+        transposed = left[0].T.contiguous().T
+        torch.testing.assert_close(product(transposed, right[0]), expected[0].float(), rtol=1e-5, atol=1e-3)
+        assert len(shapes) == 2
 
 
 def laid_out(shape, layout):
