@@ -92,5 +92,5 @@ MODELS: dict[str, dict[str, int]] = {
 
 # of these, the ones that run under torch.func: one sample at a time, seen on a batch
 APART: dict[str, dict[str, int]] = {
-    name: MODELS[name] for name in ("maxvit_t", *(f"swin_{v}{size}" for v in ("", "v2_") for size in "bst"))
+    name: MODELS[name] for name in (f"swin_{v}{size}" for v in ("", "v2_") for size in "bst")
 }
