@@ -36,6 +36,7 @@ from tests.conv.rule_cases import (
     operands,
     stacked,
 )
+from tests.machines import INTEL, on
 
 MASKS = tuple(product((False, True), repeat=3))
 few = settings(max_examples=8, suppress_health_check=list(HealthCheck))
@@ -227,7 +228,8 @@ def test_auto_leaves_the_general_rules_for_a_clearly_faster_strategy(
 
     monkeypatch.setattr("psgrad.conv.rules.per_sample.weight_grads", weight_grads)
     mask = (False, True, False)
-    _, (grad, bdim), _ = cudnn_conv_per_sample_grad_rule(g, 0, x, 0, w, None, geometry, mask)
+    with on(INTEL):  # what is clearly faster is a matter of the machine
+        _, (grad, bdim), _ = cudnn_conv_per_sample_grad_rule(g, 0, x, 0, w, None, geometry, mask)
     assert bool(used) == by_strategy
     assert bdim == 0
     _, (right, _), _ = convolution_backward_batch_rule(g, 0, x, 0, w, None, geometry, mask)
