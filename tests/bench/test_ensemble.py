@@ -132,9 +132,9 @@ def test_a_cell_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> N
     found = measure_cell(TINY, rounds=1, seconds=0.5)
     assert found in ("not done in 0.5 s", "the float64 check would take 1 s of 0.5 s")  # on a busy machine
     began = time.monotonic()
-    found = measure_cell(TINY, rounds=1000, seconds=3.0)
-    assert time.monotonic() - began < 60  # not the five minutes of a thousand rounds
-    assert len(found[0].measurement.ratios) <= 10
+    found = measure_cell(TINY, rounds=1000, seconds=12.0)
+    assert time.monotonic() - began < 90  # not the five minutes of a thousand rounds
+    assert len(found[0].measurement.ratios) <= 40
 
     few, many = measure_cell(TINY, rounds=10_000, seconds_each=0.5)
     assert len(few.measurement.ratios) <= ensemble.LEAST_ROUNDS  # its first call has used up its time
