@@ -112,9 +112,9 @@ class Capture:
         self._trainable = trainable_of(module)
         self._remember()
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
-        self._shared = SharedRows()
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
         self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
+        self._shared = SharedRows(self._own.direct)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
@@ -257,9 +257,8 @@ class Capture:
         run = partial(self._run_model, forward, args, kwargs)
         try:
             while True:
-                direct = self._own.direct(rows or 0, error=self._shared.refused)
                 try:
-                    out = self._shared.run(direct, self._module, (args, kwargs), run)
+                    out = self._shared.run(self._module, (args, kwargs), rows, run)
                     if "" in self._layers and rows and torch.is_grad_enabled() and self._own.is_region(""):
                         check_rows(out, rows, args, kwargs)
                     return out
@@ -328,9 +327,9 @@ class Capture:
         rest += [value for name, value in kwargs.items() if name != "input"]
         if region is not None:
             return self._run_rule_in_region(region, layer, layer.rule, x, rest)
-        if self._shared.has(layer, x, self._root_rows, trying=self._learning.trying):
+        if self._shared.has(layer, x, trying=self._learning.trying):
             run = partial(self._run_rule, layer, layer.rule, rest=rest, rows_per_sample=1)
-            return self._shared.look_up(layer, run, x, (self._root_rows or 0) // self._rows_per_sample)
+            return self._shared.look_up(layer, run, x, self._rows_per_sample)
         check_layer_rows(layer, x, self._rows_per_sample, self._root_rows)
         return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 

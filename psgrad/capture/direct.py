@@ -13,8 +13,7 @@ has the batch's rows whatever their number. It also must come from the batch: an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -39,11 +38,19 @@ from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError
 from psgrad.layers import RULES, LayerRule
 
-__all__ = ["Direct", "UnknownUseError"]
+__all__ = ["Direct", "UnknownUse", "UnknownUseError", "unknown_use"]
+
+UnknownUse = Callable[[str, Layer | None], PsgradError]
+"""Makes of a reason and a stand-in's source what is raised."""
 
 
 class UnknownUseError(CaptureError):
     """A parameter is used in a way that is not known to keep the samples apart."""
+
+
+def unknown_use(reason: str, source: Layer | None) -> UnknownUseError:
+    """Return the error of a module's own parameters."""
+    return UnknownUseError(reason)
 
 
 class Direct:
@@ -61,7 +68,7 @@ class Direct:
     anchor
         A scalar that requires grad.
     error
-        Makes of a reason and a stand-in's source what an unknown use raises.
+        Makes what an unknown use raises.
 
     """
 
@@ -72,7 +79,7 @@ class Direct:
         record: Record,
         by_rule: Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor],
         anchor: Tensor,
-        error: Callable[[str, Layer | None], PsgradError] = lambda reason, _: UnknownUseError(reason),
+        error: UnknownUse,
     ) -> None:
         self._error = error
         self._rows = rows
@@ -98,20 +105,23 @@ class Direct:
             If one was used in an unknown way, also where the module's own code caught that.
 
         """
-        with self.given(module, (args, kwargs)), swapped(shown(module), self._stand_in):
-            out = forward(*args, **kwargs)
+        self.begin(module, (args, kwargs))
+        try:
+            with swapped(shown(module), self._stand_in):
+                out = forward(*args, **kwargs)
+        finally:
+            self.end()
         self.check(out)
         return out
 
-    @contextmanager
-    def given(self, module: nn.Module, inputs: Any) -> Iterator[None]:
-        """Know the module and its inputs while it runs; its stand-ins are of no use afterwards."""
+    def begin(self, module: nn.Module, inputs: Any) -> None:
+        """Know the module and its inputs while it runs."""
         self._module, self._inputs = module, tree_leaves(inputs)
-        try:
-            yield
-        finally:
-            self._over = True
-            self._module, self._inputs = None, []
+
+    def end(self) -> None:
+        """Let go of them; stand-ins are of no use afterwards."""
+        self._over = True
+        self._module, self._inputs = None, []
 
     def check(self, out: Any) -> None:
         """Raise if there was an unknown use in the run that is over, or there is one in what it returned.
@@ -180,8 +190,9 @@ class Direct:
         """Whether a tensor is the module's own, or a part of one: any other may be the batch."""
         if t.requires_grad or any(t is given for given in self._inputs):
             return False
-        if t.ndim == 0 or self._module is None:
-            return t.ndim == 0
+        if t.ndim == 0:
+            return True
+        assert self._module is not None
         own = (*self._module.buffers(), *self._module.parameters())
         return any(t is b or t._base is b for b in own)
 

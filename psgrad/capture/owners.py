@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from psgrad.capture.copies import Record
-from psgrad.capture.direct import Direct, UnknownUseError
+from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.learning import Learning
 from psgrad.capture.region import Region, Use, first_rows
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
-from psgrad.errors import CaptureError, PsgradError, ShapeError
+from psgrad.errors import CaptureError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
@@ -167,9 +167,9 @@ class Owners:
                 "came there: let the first batch take this branch, or copy the input."
             ) from error
 
-    def direct(self, rows: int, **error: Callable[[str, Layer | None], PsgradError]) -> Direct:
+    def direct(self, rows: int, error: UnknownUse = unknown_use) -> Direct:
         """Return what runs on the batch as a whole, of so many rows; see `Direct`."""
-        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, **error)
+        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error)
 
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:

@@ -1,11 +1,13 @@
 """Embeddings that are looked up once for the whole batch: position tables."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from psgrad import CaptureError, PerSampleGrads, clip_per_sample
+from psgrad import CaptureError, GradNorms, PerSampleGrads, clip_per_sample
 from tests.capture.test_direct import assert_exact
 from tests.model_oracle import grads_one_by_one, squared_loss
 
@@ -40,6 +42,7 @@ KNOWN = {
     "expanded": lambda self, h, p: h + p.reshape(1, -1, 3).expand(len(h), -1, -1),
     "expanded as": lambda self, h, p: h * p.reshape(1, -1, 3).expand_as(h),
     "twice": lambda self, h, p: h * p + p,
+    "one position": lambda self, h, p: h + p + self.positions(torch.tensor(3)),
     "looked up twice": lambda self, h, p: h + p * self.positions(torch.tensor([2])),
 }
 UNKNOWN = {
@@ -59,12 +62,20 @@ def decoder(use, index):
     return model
 
 
+USED_TWICE = {"one position": 5000, "looked up twice": 5000, "by a layer": 5000}
+"""The norm of a sum needs both uses at once: bytes that are enough."""
+
+
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize(("rows", "rows_per_sample"), [(1, 1), (STEPS, 1), (6, 1), (6, 2), (2 * STEPS, 2)])
 @pytest.mark.parametrize("index", [ONE_ROW, NO_ROWS], ids=["one row", "no rows"])
 @pytest.mark.parametrize("name", KNOWN | UNKNOWN)
-def test_every_use(name, index, rows, rows_per_sample):
+def test_every_use(name, index, rows, rows_per_sample, passes):
     x = torch.randint(7, (rows, STEPS))
-    regions = assert_exact(decoder((KNOWN | UNKNOWN)[name], index), clip_per_sample, x, rows_per_sample)
+    handle = clip_per_sample
+    if passes == 2:
+        handle = partial(clip_per_sample, memory_budget=USED_TWICE.get(name, 1))
+    regions = assert_exact(decoder((KNOWN | UNKNOWN)[name], index), handle, x, rows_per_sample)
     assert regions == (() if name in KNOWN else ("0",))
 
 
@@ -94,19 +105,33 @@ def test_a_stand_in_that_is_returned_is_met_by_nobody():
         assert handle.regions == ("",)
 
 
-def test_a_checkpoint_around_one_is_a_clear_error():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Decoder(KNOWN["added"], NO_ROWS)
-            self.inner.scale = None
+class Checkpointed(nn.Module):
+    """Runs embeddings, sums and layers again in backward."""
 
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=False)
+    def __init__(self, use):
+        super().__init__()
+        self.inner = decoder(use, NO_ROWS)
+        self.last = nn.Linear(2, 2)
 
-    model = Checkpointed()
-    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"inner.positions .*out of the checkpoint"):
-        squared_loss(model, torch.randint(7, (3, 4))).backward()
+    def forward(self, x):
+        return self.last(checkpoint(self.inner, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("rows", [STEPS, 6])
+@pytest.mark.parametrize("name", ["added", "multiplied", "looked up twice", "with another parameter"])
+def test_a_checkpoint_around_one(name, rows):
+    model = Checkpointed((KNOWN | UNKNOWN)[name]).double()
+    assert_exact(model, clip_per_sample, torch.randint(7, (rows, STEPS)))
+
+
+def test_one_that_is_called_by_itself():
+    model = decoder(KNOWN["added"], NO_ROWS)
+    with PerSampleGrads(model):
+        squared_loss(model, torch.randint(7, (3, STEPS))).backward()
+        with pytest.raises(CaptureError, match=r"0.positions .*by itself: call the model"):
+            model[0].positions(torch.arange(3))
+        with torch.no_grad():
+            assert model[0].positions(torch.arange(3)).shape == (3, 3)
 
 
 def test_a_layer_that_only_a_later_batch_gives_one_to():
@@ -153,3 +178,35 @@ def test_an_embedding_of_all_words_in_a_row_makes_but_the_module_around_it_a_reg
     torch.manual_seed(0)
     x = torch.randint(7, (4, STEPS))
     assert assert_exact(Model().double(), clip_per_sample, x) == ("flat",)
+
+
+def test_a_scalar_in_an_empty_first_batch():
+    model = decoder(KNOWN["one position"], NO_ROWS)
+    with PerSampleGrads(model, "sum") as handle:
+        model(torch.randint(7, (0, STEPS))).sum().backward()
+        assert model[0].positions.weight.grad_sample.shape == (0, 9, 3)
+        assert handle.regions == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = decoder(KNOWN["multiplied"], NO_ROWS).float()
+    x = torch.randint(7, (4, STEPS))
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model) as handle, torch.autocast("cpu", dtype):
+        squared_loss(model, x).backward()
+        assert handle.regions == ()
+    for path, p in model.named_parameters():
+        error = (p.grad_sample - expected[path]).norm()
+        assert error <= 0.05 * expected[path].norm(), path
+
+
+def test_norms_alone():
+    model = decoder(KNOWN["twice"], ONE_ROW)
+    x = torch.randint(7, (6, STEPS))
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with GradNorms(model) as norms:
+        squared_loss(model, x).backward()
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0)
+    torch.testing.assert_close(norms.norms, squares.sqrt())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from psgrad import PerSampleGrads, clip_per_sample
+from psgrad import GradNorms, PerSampleGrads, clip_per_sample
 from psgrad.layers import NAMED_RULES, RULES, rule_for
 from tests.model_oracle import grads_one_by_one, squared_loss
 
@@ -194,3 +194,24 @@ def test_linear_norm_of_a_gradient_that_cancels():
         layer(x).backward(grad)
     exact = grad.double()[0].T @ x.double()[0]
     torch.testing.assert_close(clip.result.norms.double(), exact.norm()[None], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 8), lambda: Conv1D(8, 9)])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_norms_and_the_ordinary_gradient_from_the_same_products(make, samples, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = make().double(), torch.randn(samples, 60, 9, dtype=torch.double)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    found = []
+    rule = type(rule_for(layer))
+    original = rule.norms_and_sums
+    monkeypatch.setattr(rule, "norms_and_sums", lambda *a: found.append(original(*a)) or found[-1])
+    expected = grads_one_by_one(layer, squared_loss, [x])
+    with GradNorms(layer, "sum") as norms:
+        (squared_loss(layer, x) * samples).backward()
+    assert found[0] is not None
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0)
+    torch.testing.assert_close(norms.norms, squares.sqrt())
+    for path, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, expected[path].sum(0))

@@ -122,7 +122,10 @@ THIN = 16
 ONEDNN_MOVES = 1.6
 """Times as much is moved for norms where oneDNN makes products, which take no place to write to."""
 CALLS = 4
-"""Times as large as for oneDNN a product must be for its sample to be unfolded and squared on its own."""
+"""Times as large as for oneDNN a product must be for its sample to be unfolded and squared on its own.
+
+A batch of one is so anyhow: 0.65 to 0.93 of the time without the copy (Zen 4, six layers, 26 to 58 MFLOPs).
+"""
 
 ROW_BYTES = 2**20
 """Of windows, for every row of the kernel, from where a product for each is worth its call."""
