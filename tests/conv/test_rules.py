@@ -23,6 +23,7 @@ from psgrad.conv import (
     verbs,
 )
 from psgrad.conv.problem import normalise
+from psgrad.conv.processor import Processor
 from psgrad.conv.rules import _convolution_batch_rule
 from psgrad.conv.strategies import STRATEGIES
 from psgrad.errors import StrategyError
@@ -36,7 +37,7 @@ from tests.conv.rule_cases import (
     operands,
     stacked,
 )
-from tests.machines import INTEL, on
+from tests.machines import AMD, AMD_HALVES, INTEL, on
 
 MASKS = tuple(product((False, True), repeat=3))
 few = settings(max_examples=8, suppress_health_check=list(HealthCheck))
@@ -211,11 +212,12 @@ def test_per_sample_path(
             close(stacked(grad, bdim, o.batch), right)
 
 
+@pytest.mark.parametrize("cpu", [INTEL, AMD, AMD_HALVES], ids=["Intel", "AMD", "AMD in halves"])
 @pytest.mark.parametrize(
     ("channels", "groups", "size", "by_strategy"), [(256, 1, 8, True), (64, 64, 32, False)]
 )
 def test_auto_leaves_the_general_rules_for_a_clearly_faster_strategy(
-    channels: int, groups: int, size: int, by_strategy: bool, monkeypatch: pytest.MonkeyPatch
+    channels: int, groups: int, size: int, by_strategy: bool, cpu: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, g = torch.randn(2, 32, 1, channels, size, size).unbind()
     w = torch.randn(channels, channels // groups, 3, 3)
@@ -228,7 +230,7 @@ def test_auto_leaves_the_general_rules_for_a_clearly_faster_strategy(
 
     monkeypatch.setattr("psgrad.conv.rules.per_sample.weight_grads", weight_grads)
     mask = (False, True, False)
-    with on(INTEL):  # what is clearly faster is a matter of the machine
+    with on(cpu):  # what is clearly faster is a matter of the machine
         _, (grad, bdim), _ = cudnn_conv_per_sample_grad_rule(g, 0, x, 0, w, None, geometry, mask)
     assert bool(used) == by_strategy
     assert bdim == 0

@@ -14,7 +14,7 @@ from psgrad.conv.choice import check_strategy
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.layout import move_batch_dim_to_front
 from psgrad.conv.live import live_kernel
-from psgrad.conv.planner import choose
+from psgrad.conv.planner import choose, rates_of
 from psgrad.conv.problem import WeightGradProblem, problem_of
 from psgrad.conv.rules.backward import Gradients, backward, compute_grad_bias, mask_of
 from psgrad.conv.rules.call import Call
@@ -24,11 +24,11 @@ from psgrad.conv.verbs import weight_grads
 
 __all__ = ["cudnn_conv_per_sample_grad_rule", "per_sample_backward", "per_sample_refusal"]
 
-_CLEARLY_FASTER = 0.77
-"""Part of the estimate for "grouped" that the general rule may take, which needs no chunks.
+_CLEARLY_FASTER = 0.7
+"""Part of the general rule's estimate that a strategy may take, to replace it.
 
-With 32 samples of 256-256 3x3 @8, unfold is estimated at 0.76 of it, and takes half of the general rule's
-time; of 64-64 5 @1024 at 0.78, and takes 1.3 times as long.
+On a Zen 4, of 32 samples: unfold is estimated at 0.67 for 256-256 3x3 @8 and at 0.68 for 128-256 3x3/2 @16,
+and takes 0.47 and 0.72 of the general rule's time; at 0.77 for 64-128 1x1 @16, and takes 0.93.
 """
 
 
@@ -144,14 +144,15 @@ def per_sample_backward(
 def _general_rule_serves(problem: WeightGradProblem) -> bool:
     """Whether no strategy promises to be clearly faster than the general rule.
 
-    That is "grouped" in one call, without its chunks and the copy of what they made: faster than the
-    planner's estimate for it. Who replaces it has to promise more than that. Where a part of the kernel meets
-    padding alone the strategies leave it out.
+    That is "grouped" in one call: what its chunks would hold in the cache, it writes in the library's own
+    order and copies into ours, all results at once. Where a part of the kernel meets padding alone the
+    strategies leave it out.
     """
     if live_kernel(problem) is not None:
         return False
     plan = choose(problem, "grads")
-    return plan.seconds[plan.chosen] > _CLEARLY_FASTER * plan.seconds["grouped"]
+    copied = 2 * problem.samples * problem.gradient_bytes / rates_of(problem).bytes
+    return plan.seconds[plan.chosen] > _CLEARLY_FASTER * (plan.seconds["grouped"] + copied)
 
 
 def _is_dual(t: Tensor) -> bool:
