@@ -15,6 +15,7 @@ from psgrad.conv.problem import normalise
 from psgrad.conv.strategies import STRATEGIES, base, unfold
 from psgrad.errors import StrategyError
 from tests import oracle
+from tests.machines import AMD, AMD_HALVES, INTEL, on
 from tests.problems import LAYOUTS, ConvProblem, conv_problems, lay_out, serves
 
 NAMES = ("auto", *STRATEGIES)
@@ -109,6 +110,17 @@ def test_rows_are_unfolded_apart_where_that_is_faster() -> None:
     assert kept.stride(3) > kept.stride(0)  # the kernel's rows lie outside of the samples
     few = base.with_samples(problem, 1)
     assert unfold.order_for(few, "kept") == "window"
+
+
+def test_rows_are_not_unfolded_apart_where_their_products_are_thin() -> None:
+    for channels, columns in ((1, 8), (2, 16), (3, 24)):
+        x, grad = torch.randn(256, channels, 28, 28), torch.randn(256, 16, 14, 14)
+        geometry = ConvGeometry(8, stride=2, padding=3)
+        _, _, problem = normalise(x, grad, (16, channels, 8, 8), geometry)
+        for cpu, least in ((INTEL, 0), (AMD, 16), (AMD_HALVES, 24)):
+            with on(cpu):
+                by_row = unfold.order_for(problem, "kept") == "row"
+            assert by_row == (columns >= least or not torch.backends.mkl.is_available())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 from psgrad.conv.half import is_emulated
 from psgrad.conv.patches import patches, patches_by_row, patches_by_window, rows_of_phases
 from psgrad.conv.problem import WeightGradProblem
+from psgrad.conv.processor import halves_long_vectors
 from psgrad.conv.products import batched, by_onednn, mkl_slowdown, slowdown_of_products
 from psgrad.conv.reused import borrowed
 from psgrad.conv.scratch import scratch
@@ -118,6 +119,9 @@ Fitted to 157 to 432 cells on CPUs of three makes: on none of them fewer choices
 FEW_POSITIONS = 16
 THIN = 16
 """Columns below which MKL, where it is slow, takes twice the time."""
+THIN_ROWS_IN_HALVES = 24
+"""The same for rows of a kernel on a CPU with vectors in halves: of 64 columns products have 165 GFLOP/s, of
+32 155, of 17 to 23 80 to 105, of 15 50, of 8 28 (Zen 4, 64 samples, 32 rows)."""
 
 ONEDNN_MOVES = 1.6
 """Times as much is moved for norms where oneDNN makes products, which take no place to write to."""
@@ -187,12 +191,17 @@ def rows_are_faster(problem: WeightGradProblem) -> bool:
     """Whether a kernel's rows had better be unfolded and multiplied apart, where windows are faster at all.
 
     Fitted to 207 problems. The copy must be what takes the time: less than half as large by row, large enough
-    for several calls, and read more often than the gradients, which are made in parts, are written.
+    for several calls, and read more often than the gradients, which are made in parts, are written. Nor may a
+    row's products be so thin that they lose more than the copy gains.
     """
     p = problem
     if p.device.type != "cpu" or p.rows_per_sample > 1 or len(p.input_size) == 1:
         return False
     assert p.geometry.kernel_size is not None
+    if mkl_slowdown(p.dtype, p.device) > 1:
+        least = THIN_ROWS_IN_HALVES if halves_long_vectors() else THIN
+        if _shape(p, "row")[4] < least:
+            return False
     whole, by_row = _unfolded_bytes(p, "window"), _unfolded_bytes(p, "row")
     large = p.samples * whole >= p.geometry.kernel_size[0] * ROW_BYTES
     return whole > 2 * by_row and large and 2 * p.positions >= p.out_per_group
