@@ -1,4 +1,4 @@
-"""The Hypothesis profile of all tests, the skip of those that need CUDA, Triton's interpreter without it."""
+"""Hypothesis profile and seed of all tests, skip of those that need CUDA, Triton's interpreter without it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def unwatched() -> None:
     starts._watching.clear()
     starts._leading.clear()
     starts._restore_if_unwatched()
+
+
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

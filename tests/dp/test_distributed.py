@@ -1,7 +1,6 @@
 """Several processes, each with a clip and noise of its own, are refused."""
 
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -11,9 +10,9 @@ from psgrad import RefusedModelError
 from tests.dp.problems import private
 
 
-def refused(rank: int, ranks: int, port: int, folder: str) -> None:
+def refused(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/meeting-{ranks}", rank=rank, world_size=ranks)
     try:
         private()
         said = "made private"
@@ -25,10 +24,7 @@ def refused(rank: int, ranks: int, port: int, folder: str) -> None:
 
 
 def spawn(ranks: int, folder) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(refused, (ranks, port, str(folder)), nprocs=ranks)
+    mp.spawn(refused, (ranks, str(folder)), nprocs=ranks)
     return [(folder / f"{ranks}-{rank}").read_text() for rank in range(ranks)]
 
 
