@@ -66,7 +66,7 @@ def test_steps_delivered_are_those_announced_and_accounted(count, batch):
 
 @pytest.mark.parametrize("physical", [None, 2])
 def test_empty_batches_are_delivered_and_are_steps(physical):
-    noise = noise_generator(seed=0)  # any: one draw in 60,000 is too small to change its weight
+    noise = noise_generator(seed=0)  # any: a draw may be too small to change its weight
     model, optimizer, loader = private(loader=loader_of(24, 1), noise_generator=noise)
     batches = loader if physical is None else in_parts(loader, optimizer, physical).__enter__()
     empty = 0
