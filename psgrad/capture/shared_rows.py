@@ -102,7 +102,7 @@ class SharedRows:
         assert call is not None
         assert call.rows is not None
         if call.direct is None:
-            call.direct = self._make(call.rows, _refused)
+            call.direct = self._make(call.rows, _refused if call is self._call else _refused_again)
             call.direct.begin(call.module, call.inputs)
         return call.direct.computed(run(x.expand(call.rows // rows_per_sample, *x.shape)), layer)
 
@@ -115,3 +115,10 @@ class SharedRows:
 def _refused(reason: str, layer: Layer | None) -> OtherRowsError:
     assert layer is not None
     return OtherRowsError(layer, f"looked up for the whole batch, and {reason}")
+
+
+def _refused_again(reason: str, layer: Layer | None) -> CaptureError:
+    return CaptureError(
+        f"{layer} is looked up once for the whole batch, and a checkpoint ran it again in backward: {reason}."
+        " Between a call and its backward, call the model only with as many rows."
+    )

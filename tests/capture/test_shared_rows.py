@@ -124,6 +124,22 @@ def test_a_checkpoint_around_one(name, rows):
     assert_exact(model, clip_per_sample, torch.randint(7, (rows, STEPS)))
 
 
+def test_two_checkpoints_before_their_backward():
+    """What is run again knows the rows of the model's last call alone."""
+    model = Checkpointed(KNOWN["added"]).double()
+    x = torch.randint(7, (4, STEPS))
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model, "sum"):
+        model(x)  # the first batch also tells what is looked up once
+        (2 * squared_loss(model, x) + 2 * squared_loss(model, x)).backward()
+        for path, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_sample, expected[path])  # of twice two means over four
+        first = squared_loss(model, x)
+        model(torch.randint(7, (6, STEPS)))
+        with pytest.raises(CaptureError, match=r"inner.0.positions .*ran it again .*only with as many rows"):
+            first.backward()
+
+
 def test_one_that_is_called_by_itself():
     model = decoder(KNOWN["added"], NO_ROWS)
     with PerSampleGrads(model):
