@@ -9,14 +9,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from backpack.extensions.firstorder.batch_grad import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-)
 from opacus.grad_sample.conv import compute_conv_grad_sample
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from torch import Tensor, nn
@@ -49,14 +41,6 @@ MODULES: dict[tuple[int, bool], Any] = {
     (1, True): nn.ConvTranspose1d,
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
-}
-BACKPACK: dict[tuple[int, bool], Any] = {
-    (1, False): conv1d.BatchGradConv1d,
-    (2, False): conv2d.BatchGradConv2d,
-    (3, False): conv3d.BatchGradConv3d,
-    (1, True): conv_transpose1d.BatchGradConvTranspose1d,
-    (2, True): conv_transpose2d.BatchGradConvTranspose2d,
-    (3, True): conv_transpose3d.BatchGradConvTranspose3d,
 }
 FUNCTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
@@ -155,7 +139,24 @@ def expanded_weights(case: ConvCase) -> Contender:
 
 def backpack_batch_grad(case: ConvCase) -> Contender:
     """BackPACK's BatchGrad of the layer, called as its backward hook calls it."""
-    extension = BACKPACK[case.rank, case.transposed]()
+    from backpack.extensions.firstorder.batch_grad import (  # of the bench extra
+        conv1d,
+        conv2d,
+        conv3d,
+        conv_transpose1d,
+        conv_transpose2d,
+        conv_transpose3d,
+    )
+
+    extensions: dict[tuple[int, bool], Any] = {
+        (1, False): conv1d.BatchGradConv1d,
+        (2, False): conv2d.BatchGradConv2d,
+        (3, False): conv3d.BatchGradConv3d,
+        (1, True): conv_transpose1d.BatchGradConvTranspose1d,
+        (2, True): conv_transpose2d.BatchGradConvTranspose2d,
+        (3, True): conv_transpose3d.BatchGradConvTranspose3d,
+    }
+    extension = extensions[case.rank, case.transposed]()
     options = SimpleNamespace(get_subsampling=lambda: None)
     layers: dict[tuple[torch.device, torch.dtype], Any] = {}
 

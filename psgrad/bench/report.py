@@ -28,8 +28,9 @@ def require_extra() -> None:
         If the packages of the `bench` extra are missing; says how to install them.
 
     """
-    if find_spec("tabulate") is None:
-        raise ConfigError('the benchmarks need tabulate: pip install "psgrad[bench]"')
+    missing = [package for package in ("backpack", "tabulate") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f'the benchmarks need {" and ".join(missing)}: pip install "psgrad[bench]"')
 
 
 def table(results: Sequence[Result]) -> str:
