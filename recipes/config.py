@@ -49,8 +49,8 @@ def from_command_line(
     Raises
     ------
     ConfigError
-        If the file is missing, is no TOML, or does not fit the schema. A wrong option ends the program
-        with a message of the command-line parser.
+        If the file is missing, cannot be read, is no TOML, or does not fit the schema. A wrong option ends
+        the program with a message of the command-line parser.
 
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -60,7 +60,9 @@ def from_command_line(
         table = tomllib.loads(known.config.read_text())
     except FileNotFoundError as err:
         raise ConfigError(f"there is no configuration file {known.config}") from err
-    except tomllib.TOMLDecodeError as err:
+    except OSError as err:
+        raise ConfigError(f"the configuration file cannot be read: {err}") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{known.config} is not TOML: {err}") from err
     settings = from_table(kind, table, str(known.config))
     chosen = tyro.cli(

@@ -61,3 +61,8 @@ def test_missing_and_broken_files(tmp_path):
         read(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match="is not TOML"):
         read(written(tmp_path, "epsilon 3"))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*directory"):
+        read(tmp_path)
+    (tmp_path / "settings.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"settings\.toml is not TOML"):
+        read(tmp_path / "settings.toml")
