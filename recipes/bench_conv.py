@@ -35,7 +35,7 @@ from psgrad.conv.planner import DeviceRates
 from psgrad.conv.processor import Processor, processor
 from psgrad.conv.rates import device_rates
 from recipes.config import Settings, from_command_line
-from recipes.runs import Interruptible
+from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_conv.toml"
 Count = Annotated[int, Field(ge=1)]
@@ -98,12 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If a dtype does not fit the device, or Ctrl-C came before the first layer was done.
+        If a dtype does not fit the device, or there is no such device, nothing can be written, or Ctrl-C came
+        before the first layer was done.
 
     """
     begun = time.monotonic()
     settings = from_command_line(BenchConv, DEFAULT, argv)
     report.require_extra()
+    machine.require_device(settings.device)
     if "tf32" in settings.dtypes and settings.device == "cpu":
         raise ConfigError("dtypes: tf32 is arithmetic of NVIDIA's tensor cores; on the CPU take float32")
     # of vmap, seen in its numbers; and of modules called without their hooks
@@ -111,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     if settings.suite == "rules":
         return bench_rules(settings)
 
+    about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}, more where repeated"}
+    out = writable(settings.out or default_folder(settings, processor(), about["machine"]))
     rates = {dtype: rates_in(dtype, settings.device) for dtype in settings.dtypes}
     todo, left_out = select(settings)
     end = begun + 60 * (QUICK_MINUTES if settings.quick else settings.minutes)
@@ -144,7 +148,6 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("nothing was measured")
     cells = in_order(cells, settings)
 
-    about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}, more where repeated"}
     about["taken"] = f"{(time.monotonic() - begun) / 60:.1f} minutes" + (
         ", interrupted" if interrupt.asked else ""
     )
@@ -152,7 +155,6 @@ def main(argv: list[str] | None = None) -> int:
         about[f"rates, {dtype}"] = (
             f"{rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, {1e6 * rate.call:.1f} us a call"
         )
-    out = settings.out or default_folder(settings, processor(), about["machine"])
     conv_report.write(cells, out, about=about, rates=rates, left_out=left_out)
     print(conv_report.acceptance_table(cells))
     print(f"\n{len(cells)} cases, {len(left_out)} settings left out; written to {out}")
@@ -277,10 +279,11 @@ def bench_rules(settings: BenchConv) -> int:
     Raises
     ------
     ConfigError
-        If Ctrl-C came before the first case was done.
+        If nothing can be written, or Ctrl-C came before the first case was done.
 
     """
     results: list[Result] = []
+    out = writable(settings.out or Path("runs/bench_conv_rules"))
     with tqdm(RULE_CASES, desc="bench", unit="case") as bar, Interruptible() as interrupt:
         for case in bar:
             bar.set_postfix_str(case.name)
@@ -302,7 +305,6 @@ def bench_rules(settings: BenchConv) -> int:
         ),
     }
     title, floor = "Batch rules of convolution under torch.vmap", "same call on PyTorch's own rules"
-    out = settings.out or Path("runs/bench_conv_rules")
     report.write(results, out, title=title, about=about, floor=floor)
     print(report.table(results))
     print(f"\n{report.summary(results)}\n\nwritten to {out}")

@@ -21,7 +21,7 @@ from psgrad.bench.ensemble import Cell, EnsembleResult, measure_cell
 from psgrad.bench.ensemble_models import MODELS
 from psgrad.bench.report import require_extra
 from recipes.config import Settings, from_command_line
-from recipes.runs import Interruptible
+from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_ensemble.toml"
 Count = Annotated[int, Field(ge=1)]
@@ -76,11 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If a model does not exist, or nothing was measured.
+        If a model or the device does not exist, nothing can be written, or nothing was measured.
 
     """
     settings = from_command_line(BenchEnsemble, DEFAULT, argv)
     require_extra()
+    machine.require_device(settings.device)
     if settings.quick:
         settings = settings.model_copy(update=QUICK)
     if settings.keep_freed:
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in settings.models if name not in MODELS]
     if unknown:
         raise ConfigError(f"models: no {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    writable(settings.out)
     cells = [Cell(m, k, n) for k in settings.members for n in settings.batch_sizes for m in settings.models]
     cells.sort(
         key=lambda cell: cell.members * cell.batch_size

@@ -24,7 +24,7 @@ from psgrad.bench.step_memory import FLOOR, largest_batch, peak_memory
 from psgrad.bench.step_models import MODELS
 from psgrad.bench.step_peers import STEPPERS, StepperMaker
 from recipes.config import Settings, from_command_line
-from recipes.runs import Interruptible
+from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_step.toml"
 QUICK = ("resnet18-gn:8", "tanh-cnn-28:64", "tiny:16")
@@ -64,13 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If a case or contender does not exist, or Ctrl-C came before the first case was done.
+        If a case, contender or device does not exist, nothing can be written, or Ctrl-C came before the first
+        case was done.
 
     """
     settings = from_command_line(BenchStep, DEFAULT, argv)
     require_extra()
+    machine.require_device(settings.device)
     cases = [parse_case(case) for case in (QUICK if settings.quick else settings.cases)]
     makers = chosen(settings.contenders)
+    writable(settings.out)
     rounds = 3 if settings.quick else settings.rounds
     if settings.keep_freed:
         keep_freed_memory()

@@ -25,7 +25,7 @@ from psgrad.bench.models_report import page
 from psgrad.bench.report import require_extra
 from psgrad.bench.zoo import model_names, outline
 from recipes.config import Settings, from_command_line
-from recipes.runs import Interruptible
+from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "models_table.toml"
 
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises
     ------
     ConfigError
-        If torchvision lists no model of a name, the results of an earlier run cannot be read, or the
-        `bench` extra is missing.
+        If torchvision lists no model of a name, the results of an earlier run cannot be read, nothing can be
+        written, or the `bench` extra is missing.
 
     """
     settings = from_command_line(ModelsTable, DEFAULT, argv)
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(set(settings.models) - set(every)):
         raise ConfigError(f"torchvision lists no model named {', '.join(unknown)}")
     record = read(settings.results)
+    for path in (settings.results, settings.out):
+        writable(path.parent)
     record["about"] = {**machine.describe(), "samples": str(settings.samples)}
     with tqdm(settings.models or every, desc="models", unit="model") as bar, Interruptible() as interrupt:
         for name in bar:
@@ -108,7 +110,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, text: str) -> None:
     """Write a file, wholly or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +19,26 @@ from torch import Tensor
 
 from psgrad import ConfigError
 
-__all__ = ["Interruptible", "RunFolder", "plot_norms", "plot_privacy"]
+__all__ = ["Interruptible", "RunFolder", "plot_norms", "plot_privacy", "writable"]
 
 mpl.use("Agg")
+
+
+def writable(folder: Path) -> Path:
+    """Make a folder, if it is missing, before anything is computed that could not be kept there.
+
+    Raises
+    ------
+    ConfigError
+        If nothing can be written to it.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as err:
+        raise ConfigError(f"nothing can be written to {folder}: {err}") from err
+    return folder
 
 
 class RunFolder:
@@ -29,11 +47,12 @@ class RunFolder:
     Parameters
     ----------
     path
-        The folder, made when something is written. None stands for `runs/<recipe>/<time>`.
+        The folder, made by `make`. None stands for `runs/<recipe>/<time>`.
     recipe
         Name of the recipe.
     resume
-        Whether the folder holds a run that goes on; otherwise one that does is refused.
+        Whether the folder holds a run that goes on; otherwise one that does is refused. None of a recipe
+        whose runs cannot go on.
 
     Raises
     ------
@@ -42,12 +61,13 @@ class RunFolder:
 
     """
 
-    def __init__(self, path: Path | None, recipe: str, *, resume: bool = False) -> None:
+    def __init__(self, path: Path | None, recipe: str, *, resume: bool | None = None) -> None:
         self.path = path or Path("runs") / recipe / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         if resume and not self.checkpoint.exists():
             raise ConfigError(f"nothing to resume: there is no {self.checkpoint}")
         if not resume and self.checkpoint.exists():
-            raise ConfigError(f"{self.path} holds a run already: resume it, or choose another --out")
+            hint = "" if resume is None else f", or go on with it by --resume {self.path}"
+            raise ConfigError(f"{self.path} holds a run already: choose another --out{hint}")
 
     @property
     def checkpoint(self) -> Path:
@@ -59,9 +79,19 @@ class RunFolder:
         """Where the metrics are."""
         return self.path / "metrics.jsonl"
 
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises
+        ------
+        ConfigError
+            If nothing can be written to it.
+
+        """
+        writable(self.path)
+
     def log(self, **values: float | str) -> None:
         """Append one line of metrics."""
-        self.path.mkdir(parents=True, exist_ok=True)
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -76,7 +106,6 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint, wholly or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self.checkpoint)
@@ -183,5 +212,4 @@ def plot_norms(
         axes.legend()
     for axes in (left, *others):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe; the exit status."""
     settings = from_command_line(TrainDP, DEFAULT, argv)
     if settings.resume is None:
-        train(settings, RunFolder(settings.out, "train_dp"), saved=None)
+        train(settings, RunFolder(settings.out, "train_dp", resume=False), saved=None)
     else:
         folder = RunFolder(settings.resume, "train_dp", resume=True)
         saved = folder.load()
@@ -101,6 +101,7 @@ def train(settings: TrainDP, folder: RunFolder, saved: dict[str, Any] | None) ->
     """Train, from the beginning or from a saved state, and report."""
     started = time.monotonic()
     images = load_images(settings.data, settings.data_root, settings.download)
+    folder.make()
     count = len(images.train_x)
 
     if settings.seed is not None:

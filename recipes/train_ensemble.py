@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe; the exit status."""
     settings = from_command_line(TrainEnsemble, DEFAULT, argv)
     if settings.resume is None:
-        train(settings, RunFolder(settings.out, "train_ensemble"), saved=None)
+        train(settings, RunFolder(settings.out, "train_ensemble", resume=False), saved=None)
     else:
         folder = RunFolder(settings.resume, "train_ensemble", resume=True)
         saved = folder.load()
@@ -94,6 +94,7 @@ def train(settings: TrainEnsemble, folder: RunFolder, saved: dict[str, Any] | No
     if rates and len(rates) != members:
         raise ConfigError(f"learning_rates: {len(rates)} for {members} members; one a member is needed")
     images = load_images(settings.data, settings.data_root, settings.download)
+    folder.make()
     seeds = range(settings.seed, settings.seed + members)
 
     ens = Ensemble.from_factory(lambda: small_cnn(*images.shape, images.classes), seeds)

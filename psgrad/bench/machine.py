@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from psgrad.conv.processor import processor
+from psgrad.errors import ConfigError
 from psgrad.freed_memory import freed_memory_is_kept
 
-__all__ = ["describe"]
+__all__ = ["describe", "require_device"]
 
 PACKAGES = ("psgrad", "torch", "torchvision", "opacus", "backpack-for-pytorch")
 
@@ -30,6 +31,19 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "freed memory": "kept (psgrad.keep_freed_memory)" if freed_memory_is_kept() else "given back",
         "commit": _commit(),
     }
+
+
+def require_device(device: str) -> None:
+    """Make sure that there is such a device before anything is measured on it.
+
+    Raises
+    ------
+    ConfigError
+        If it is "cuda", and PyTorch finds none.
+
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device = "cuda": PyTorch finds no CUDA device here; measure on "cpu"')
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from psgrad import ConfigError, clip_per_sample
 from recipes.augment import random_affine
 from recipes.models import small_cnn
-from recipes.runs import RunFolder
+from recipes.runs import RunFolder, writable
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 20, 20)])
@@ -53,6 +53,21 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half written")
     with pytest.raises(ConfigError, match=r"checkpoint\.pt cannot be read"):
         RunFolder(tmp_path, "train_dp", resume=True).load()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    assert writable(tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"nothing can be written to .*file"):
+        RunFolder(tmp_path / "file", "train_dp").make()
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_run_in_the_folder_can_be_resumed_where_the_recipe_has_that(tmp_path, resume):
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(ConfigError, match="holds a run already: choose another --out") as refused:
+        RunFolder(tmp_path, "any", resume=resume)
+    assert ("--resume" in str(refused.value)) == (resume is not None)
 
 
 def test_metrics_after_the_checkpoint_are_forgotten(tmp_path):
