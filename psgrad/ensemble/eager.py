@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
+from psgrad.graph import leaves_of
 
 __all__ = ["KeptBlocks", "eager_losses"]
 
@@ -64,7 +65,8 @@ def eager_losses(
             losses.append(loss.detach())
             leaves = [own[t] for t in trained]
             gradients.expect(k, leaves)  # now: what hooks of the forward pass make of them is copied
-            others = _other_leaves(loss, leaves)
+            members = set(leaves)
+            others = [leaf for leaf in leaves_of([loss]) if leaf not in members]  # of the user's own
             wanted = [*leaves, *others]
             found: Sequence[Tensor | None] = (
                 torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
@@ -213,23 +215,3 @@ class _Losses(torch.autograd.Function):
             ]
         foreign = [torch.stack([above[k] * g for k, g in parts]).sum(0) for parts in ctx.foreign]
         return (None, None, None, *grads, *foreign)
-
-
-def _other_leaves(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves that the loss depends on besides a member's own parameters: found in its graph."""
-    own = {id(leaf) for leaf in leaves}
-    seen: set[Any] = {loss.grad_fn}
-    pending = [loss.grad_fn] if loss.grad_fn is not None else []
-    others: list[Tensor] = []
-    while pending:
-        node = pending.pop()
-        following = node.next_functions
-        if not following:
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) not in own:
-                others.append(variable)
-        for other, _ in following:
-            if other is not None and other not in seen:
-                seen.add(other)
-                pending.append(other)
-    return others
