@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch.nn.functional as F
 from torch import Tensor
 
-from psgrad.conv.geometry import ConvGeometry
+from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
 from psgrad.conv.problem import WeightGradProblem
 
 __all__ = ["LiveKernel", "live_kernel", "worth_cropping"]
@@ -59,7 +59,7 @@ def live_kernel(problem: WeightGradProblem) -> LiveKernel | None:
     for k, s, dil, (before, _), size, out in zip(
         g.kernel_size, g.stride, g.dilation, g.padding, problem.input_size, problem.output_size, strict=True
     ):
-        alive = [d for d in range(k) if any(0 <= s * t + dil * d - before < size for t in range(out))]
+        alive = [d for d, alone in enumerate(meets_padding_alone(size, out, k, s, before, dil)) if not alone]
         first, last = (alive[0], alive[-1]) if alive else (0, k - 1)  # nothing alive: not worth a case
         kernel.append(last - first + 1)
         dead.append((first, k - 1 - last))
