@@ -16,7 +16,7 @@ from psgrad.ensemble.eager import KeptBlocks, eager_losses
 from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.loop import hold_members
 from psgrad.ensemble.losses import member_losses, stacked_losses
-from psgrad.ensemble.members import member_of, stack_members, tensors_of
+from psgrad.ensemble.members import kept_members, member_of, stack_members, tensors_of
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
@@ -293,9 +293,7 @@ class Ensemble(nn.Module):
         """
         if is_shadowed(self):
             raise ConfigError("keep changes the members that are captured: remove() the handle before")
-        kept = [int(index) for index in indices]
-        if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
-            raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
+        kept = kept_members(indices, self.members)
         for tensor in tensors_of(self.stacked).values():
             grad, data = tensor.grad, tensor.data[kept]
             tensor.grad = None

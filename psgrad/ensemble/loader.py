@@ -19,6 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from psgrad.ensemble.members import kept_members
 from psgrad.errors import ConfigError, MemberError
 
 __all__ = ["MemberLoader"]
@@ -133,9 +134,7 @@ class MemberLoader:
             If there is none, one stands twice or does not exist.
 
         """
-        kept = [int(index) for index in indices]
-        if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
-            raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
+        kept = kept_members(indices, self.members)
         self.seeds = [self.seeds[k] for k in kept]
         self._streams[:] = [self._streams[k] for k in kept]
 

@@ -21,6 +21,7 @@ __all__ = [
     "Slots",
     "changed_settings",
     "check_members",
+    "kept_members",
     "member_of",
     "stack_members",
     "tensors_of",
@@ -224,6 +225,21 @@ def check_members(modules: Sequence[nn.Module]) -> None:
                 )
     for k, module in enumerate(modules[1:], 1):
         _check_alike(modules[0], module, k)
+
+
+def kept_members(indices: Sequence[int], members: int) -> list[int]:
+    """Return the indices of the members that stay, of so many.
+
+    Raises
+    ------
+    MemberError
+        If there is none, one stands twice or does not exist.
+
+    """
+    kept = [int(index) for index in indices]
+    if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(members)):
+        raise MemberError(f"keep needs different members of 0 to {members - 1}, got {kept}")
+    return kept
 
 
 def changed_settings(module: nn.Module, other: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from psgrad.ensemble.members import kept_members
 from psgrad.ensemble.optim.fused import FusedFit
 from psgrad.ensemble.optim.per_member import (
     Hyperparameter,
@@ -259,9 +260,7 @@ class EnsembleOptimizer(Optimizer):
             If there is none, one stands twice or does not exist.
 
         """
-        kept = [int(index) for index in indices]
-        if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(self.members)):
-            raise MemberError(f"keep needs different members of 0 to {self.members - 1}, got {kept}")
+        kept = kept_members(indices, self.members)
         for state in self.state.values():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:
