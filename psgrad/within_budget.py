@@ -18,7 +18,7 @@ from psgrad.errors import ConfigError
 from psgrad.held import Held, added_up, weighted_sums
 from psgrad.per_sample import accumulate
 
-__all__ = ["WithinBudget", "checked_budget"]
+__all__ = ["WithinBudget"]
 
 
 class WithinBudget:
@@ -184,19 +184,3 @@ def _written_bytes(contribution: Contribution) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
-
-
-def checked_budget(memory_budget: int) -> int:
-    """Return the argument, or raise `ConfigError` if it is no number of bytes.
-
-    Raises
-    ------
-    ConfigError
-        If it is not an int, or not positive.
-
-    """
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise ConfigError(
-            f"memory_budget must be a positive whole number of bytes, or None, got {memory_budget!r}"
-        )
-    return memory_budget

@@ -21,10 +21,11 @@ from psgrad.clipping.adaptive import AdaptiveQuantile
 from psgrad.clipping.result import ClipResult, Gathered
 from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
 from psgrad.clipping.table import as_style
+from psgrad.conv.budget import check_budget
 from psgrad.errors import ConfigError
 from psgrad.held import Held, total_norms
 from psgrad.loss import LossCheck, LossReduction, checked_reduction
-from psgrad.within_budget import WithinBudget, checked_budget
+from psgrad.within_budget import WithinBudget
 
 __all__ = ["ClipPerSample", "clip_per_sample"]
 
@@ -58,9 +59,9 @@ class ClipPerSample:
             self._capture = attach(module, self, rows_per_sample, check)
             self._held = Held()
         else:
-            budget = checked_budget(memory_budget)
+            check_budget(memory_budget)
             self._capture = repeatable = attach_repeatable(module, self, rows_per_sample, check)
-            self._held = WithinBudget(budget, repeatable)
+            self._held = WithinBudget(memory_budget, repeatable)
         try:
             self._use(style)
         except ConfigError:
