@@ -208,9 +208,7 @@ METHOD_RULES: dict[str, Rule] = {
 }
 """Rule of every tensor method that has one."""
 
-IN_PLACE: frozenset[Any] = frozenset(
-    {*_IN_PLACE_FUNCTIONS, *_IN_PLACE_METHODS, operator.itruediv, operator.ipow, operator.imatmul}
-)
+IN_PLACE: frozenset[Any] = frozenset({*_IN_PLACE_FUNCTIONS, *_IN_PLACE_METHODS})
 """Functions and methods with a rule that change their first argument."""
 
 MEMBER_FACTS: frozenset[str] = frozenset(
