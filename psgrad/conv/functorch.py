@@ -149,7 +149,8 @@ def use_rules(strategy: str = "auto") -> Iterator[None]:
     Parameters
     ----------
     strategy
-        "auto" for the planner's choice, which passes over strategies that refuse, or the name of one.
+        "auto" for the planner's choice, which passes over strategies that refuse, "measure" to time them, or
+        the name of one.
 
     Raises
     ------

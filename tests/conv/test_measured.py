@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from psgrad.conv import ConvGeometry, measured, plan, weight_grad_sq_norms, weight_grads
+from psgrad.conv import ConvGeometry, measured, plan, use_rules, weight_grad_sq_norms, weight_grads
 from psgrad.conv.strategies import STRATEGIES
 from psgrad.errors import StrategyError
 
@@ -101,3 +101,19 @@ def test_an_empty_batch_is_not_timed(timings):
 def test_a_named_strategy_leaves_nothing_to_plan():
     with pytest.raises(StrategyError, match=r"'loop' leaves nothing to plan: use auto or measure"):
         plan(*ARGUMENTS, "grads", strategy="loop")
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_a_problem_is_timed_under_a_vmap_too_whatever_it_says_of_random_numbers(timings, randomness):
+    x, weight = torch.randn(4, 1, 3, 7, 7), torch.randn(5, 3, 3, 3)
+
+    def loss(weight, x):
+        return torch.conv2d(x, weight).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
+    expected, before = per_sample(weight, x), torch.get_rng_state()
+    with use_rules("measure"):
+        found = per_sample(weight, x)
+    assert timings == ["grads"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -86,7 +86,7 @@ def cudnn_conv_per_sample_grad_rule(
     grad_output, gbdim, x, xbdim, weight, wbdim, geometry, output_mask
         As for `convolution_backward_batch_rule`.
     strategy
-        "auto" or a name of `psgrad.conv.strategies.STRATEGIES`.
+        "auto", "measure" or a name of `psgrad.conv.strategies.STRATEGIES`.
 
     Returns
     -------
