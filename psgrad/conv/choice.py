@@ -52,7 +52,7 @@ def plan(
     ShapeError
         If the shapes do not fit.
     StrategyError
-        If the verb does not exist.
+        If the verb does not exist, or the strategy is neither "auto" nor, but for a sum, "measure".
 
     """
     if verb not in ("grads", "sq_norms", "weighted_sum"):

@@ -1,4 +1,4 @@
-"""`gram`: norms from Gram matrices. `strategy` asks, `shifted` and `mapped` are two ways to S."""
+"""`gram`: norms from Gram matrices. `strategy` chooses among the three ways to S."""
 
 from psgrad.conv.strategies.gram.cancellation import eaten, norms_of_grams
 from psgrad.conv.strategies.gram.strategy import Gram
