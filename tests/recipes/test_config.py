@@ -1,11 +1,14 @@
 """The closed schema: file, then command line, with errors a person can act on."""
 
+import importlib
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from psgrad import ConfigError
-from recipes.config import from_command_line
+from recipes.config import Settings, from_command_line, from_table
 from recipes.train_dp import DEFAULT, TrainDP
 
 
@@ -19,9 +22,16 @@ def read(path, *options):
     return from_command_line(TrainDP, DEFAULT, ["--config", str(path), *options])
 
 
-def test_every_configuration_in_the_repository_is_valid():
-    for path in DEFAULT.parent.glob("train_dp*.toml"):
-        read(path)
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_in_the_repository_is_valid(path):
+    name = re.search(r"recipes/(\w+)\.py", path.read_text().splitlines()[0])[1]
+    recipe = importlib.import_module(f"recipes.{name}")
+    (kind,) = (value for value in vars(recipe).values() if _is_settings(value))
+    from_table(kind, tomllib.loads(path.read_text()), path.name)
+
+
+def _is_settings(value):
+    return isinstance(value, type) and issubclass(value, Settings) and value is not Settings
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
