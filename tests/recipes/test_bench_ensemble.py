@@ -21,7 +21,9 @@ def record(folder: Path):
 
 
 def test_a_tiny_benchmark_from_end_to_end(tmp_path: Path) -> None:
-    assert bench_ensemble.main([*TINY, "--largest-cell", "4", "--out", str(tmp_path)]) == 0
+    time_enough = ["--cell-seconds", "600", "--minutes", "60"]  # for a busy machine: five rounds end it
+    options = [*TINY, *time_enough, "--largest-cell", "4", "--out", str(tmp_path)]
+    assert bench_ensemble.main(options) == 0
     found = record(tmp_path)
     assert found["left_out"] == {"mlp K=2 N=3": "K times N is over 4"}
     assert {r["contender"]: r["reason"] for r in found["results"]} == dict.fromkeys(ensemble.CONTENDERS)
@@ -42,7 +44,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
         return results
 
     monkeypatch.setattr(bench_ensemble, "measure_cell", interrupted)
-    bench_ensemble.main([*TINY, "--no-memory", "--out", str(tmp_path)])
+    bench_ensemble.main([*TINY, "--cell-seconds", "600", "--no-memory", "--out", str(tmp_path)])
     assert record(tmp_path)["left_out"] == {"mlp K=2 N=3": "stopped"}
 
 
@@ -58,18 +60,18 @@ def test_what_was_measured_is_written_before_the_next_cell(
 
     monkeypatch.setattr(bench_ensemble, "measure_cell", dies_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        bench_ensemble.main([*TINY, "--no-memory", "--out", str(tmp_path)])
+        bench_ensemble.main([*TINY, "--cell-seconds", "600", "--no-memory", "--out", str(tmp_path)])
     assert {r["cell"]["batch_size"] for r in record(tmp_path)["results"]} == {2}
 
 
-def test_a_cell_that_takes_too_long_is_named() -> None:
+def test_a_cell_that_takes_too_long_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mlp K=2 N=2: the float64 check would take .*; mlp K=2 N=3"):
-        bench_ensemble.main([*TINY, "--cell-seconds", "1e-9"])
+        bench_ensemble.main([*TINY, "--cell-seconds", "1e-9", "--out", str(tmp_path)])
 
 
-def test_a_run_that_takes_too_long_names_what_is_left() -> None:
+def test_a_run_that_takes_too_long_names_what_is_left(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mlp K=2 N=2: the 1e-09 minutes were over"):
-        bench_ensemble.main([*TINY, "--minutes", "1e-9"])
+        bench_ensemble.main([*TINY, "--minutes", "1e-9", "--out", str(tmp_path)])
 
 
 def test_a_model_that_is_none_is_refused() -> None:
