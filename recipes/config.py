@@ -49,8 +49,9 @@ def from_command_line(
     Raises
     ------
     ConfigError
-        If the file is missing, cannot be read, is no TOML, or does not fit the schema. A wrong option ends
-        the program with a message of the command-line parser.
+        If the file is missing, cannot be read, is no TOML, or does not fit the schema; or if a run is to
+        `resume`, whose settings are its own, with others. A wrong option ends the program with a message of
+        the command-line parser.
 
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -71,6 +72,12 @@ def from_command_line(
         args=rest,
         description=f"{kind.__doc__}\n\n--config FILE reads another TOML file first; now: {known.config}",
     )
+    if getattr(chosen, "resume", None) is not None:
+        others = [name for name in kind.model_fields if getattr(chosen, name) != getattr(settings, name)]
+        others = ["config"] * (known.config != default) + [name for name in others if name != "resume"]
+        if others:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ConfigError(f"--resume goes on with the settings of the run's start: leave out {options}")
     return from_table(kind, chosen.model_dump(), "command line")
 
 

@@ -76,3 +76,11 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "settings.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"settings\.toml is not TOML"):
         read(tmp_path / "settings.toml")
+
+
+def test_a_run_that_goes_on_takes_no_other_settings(tmp_path):
+    assert from_command_line(TrainDP, DEFAULT, ["--resume", "run"]).resume == Path("run")
+    with pytest.raises(ConfigError, match="leave out --max-grad-norm, --steps"):
+        from_command_line(TrainDP, DEFAULT, ["--resume", "run", "--steps", "300", "--max-grad-norm", "2"])
+    with pytest.raises(ConfigError, match="leave out --config"):
+        read(written(tmp_path, DEFAULT.read_text()), "--resume", "run")
