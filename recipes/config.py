@@ -70,6 +70,7 @@ def from_command_line(
         kind,
         default=settings,
         args=rest,
+        prog=f"python -m recipes.{default.stem}",  # whose configuration it is
         description=f"{kind.__doc__}\n\n--config FILE reads another TOML file first; now: {known.config}",
     )
     if getattr(chosen, "resume", None) is not None:

@@ -63,7 +63,9 @@ def test_a_value_out_of_range_in_the_file_names_file_and_key(tmp_path):
 def test_an_unknown_option_ends_with_the_near_ones(tmp_path, capsys):
     with pytest.raises(SystemExit):
         read(written(tmp_path, ""), "--epsilom", "1")
-    assert "epsilon" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "epsilon" in message
+    assert "python -m recipes.train_dp --help" in message
 
 
 def test_missing_and_broken_files(tmp_path):
