@@ -112,9 +112,8 @@ def write(
     title: str,
     about: Mapping[str, str],
     floor: str = "ordinary weight gradient",
-    stem: str = "bench",
 ) -> None:
-    """Write `<stem>.md`, `<stem>.png` and `<stem>.json` into a folder, made if missing.
+    """Write `bench.md`, `bench.png` and `bench.json` into a folder, made if missing.
 
     `floor` says what the ratios refer to. Without results there is no picture.
     """
@@ -122,11 +121,11 @@ def write(
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     note = f"Time over the time of the {floor}, in the same round: median (quartiles). The least is bold."
     parts = [f"# {title}", facts, note, table(results), summary(results)]
-    (folder / f"{stem}.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "bench.md").write_text("\n\n".join(parts) + "\n")
     record = {"title": title, "about": dict(about), "results": [_record(result) for result in results]}
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    (folder / "bench.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if results:
-        draw(results, folder / f"{stem}.png", f"{title}\n{about.get('machine', '')}", floor)
+        draw(results, folder / "bench.png", f"{title}\n{about.get('machine', '')}", floor)
 
 
 def _grid(

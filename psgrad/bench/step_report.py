@@ -106,22 +106,20 @@ def draw(results: Sequence[StepResult], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write(
-    results: Sequence[StepResult], folder: Path, *, title: str, about: Mapping[str, str], stem: str = "bench"
-) -> None:
-    """Write `<stem>.md`, `<stem>.png` and `<stem>.json` into a folder, made if missing."""
+def write(results: Sequence[StepResult], folder: Path, *, title: str, about: Mapping[str, str]) -> None:
+    """Write `bench.md`, `bench.png` and `bench.json` into a folder, made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    parts = [f"# {title}", facts, NOTES, f"![Time and memory]({stem}.png)", summary(results)]
+    parts = [f"# {title}", facts, NOTES, "![Time and memory](bench.png)", summary(results)]
     parts += ["## Time", time_table(results)]
     if any(r.memory is not None for r in results):
         parts += ["## Peak memory", memory_table(results)]
     if any(r.largest_batch is not None for r in results):
         parts += [f"## Largest batch in {about['memory budget']}", largest_table(results)]
-    (folder / f"{stem}.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "bench.md").write_text("\n\n".join(parts) + "\n")
     record = {"title": title, "about": dict(about), "results": [_record(result) for result in results]}
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    draw(results, folder / f"{stem}.png", f"{title}\n{about.get('machine', '')}")
+    (folder / "bench.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    draw(results, folder / "bench.png", f"{title}\n{about.get('machine', '')}")
 
 
 def _time(result: StepResult) -> float | None:
