@@ -2,7 +2,8 @@
 
 psgrad, Opacus in all its modes (by itself and with psgrad inside), `torch.func` and BackPACK. Each is first
 compared with a float64 loop, and who is wrong gets no number. Then all take turns with the non-private step.
-Peak memory is measured in a fresh process each. Ctrl-C ends the measuring and reports what there is.
+Peak memory is measured in a fresh process each. The report is written after every case; Ctrl-C ends the
+measuring and reports what there is.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [parse_case(case) for case in (QUICK if settings.quick else settings.cases)]
     makers = chosen(settings.contenders)
     writable(settings.out)
-    rounds = 3 if settings.quick else settings.rounds
+    if settings.quick:
+        settings = settings.model_copy(update={"rounds": 3})
     if settings.keep_freed:
         keep_freed_memory()
     # What the peers say once a layer; a layer that BackPACK does not know is in the report.
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
                 MODELS[model],
                 n,
                 makers,
-                rounds=rounds,
+                rounds=settings.rounds,
                 seconds=settings.seconds,
                 memory_limit=settings.memory_limit_gib * 2**30,
                 device=settings.device,
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             results += timed
             if interrupt.asked:
                 break
+            write(results, searched, settings)
         if settings.largest_batch_gib and not interrupt.asked:
             pairs = dict.fromkeys((r.case, r.contender) for r in results if r.measurement is not None)
             everyone = [*dict.fromkeys((case, FLOOR) for case, _ in pairs), *pairs]
@@ -122,19 +125,26 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         raise ConfigError("nothing was measured")
 
+    write(results, searched, settings)
+    print(step_report.time_table(results))
+    print()
+    print(step_report.summary(results))
+    print(f"\nwritten to {settings.out}")
+    return 0
+
+
+def write(
+    results: list[StepResult], searched: dict[tuple[str, str], int | None], settings: BenchStep
+) -> None:
+    """Write the report of what was measured so far, and of the largest batches that were searched."""
     results = [replace(r, largest_batch=searched.get((r.case, r.contender))) for r in results]
-    about = {**machine.describe(settings.device), "rounds": f"up to {rounds}"}
+    about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}"}
     if searched:
         about["memory budget"] = f"{settings.largest_batch_gib:g} GiB"
         alone = ", ".join(f"{model} {n or 'none'}" for (model, name), n in searched.items() if name == FLOOR)
         about["largest batch of the non-private step"] = alone
     title = "A training step with per-sample gradients"
     step_report.write(results, settings.out, title=title, about=about)
-    print(step_report.time_table(results))
-    print()
-    print(step_report.summary(results))
-    print(f"\nwritten to {settings.out}")
-    return 0
 
 
 def parse_case(text: str) -> tuple[str, int]:

@@ -64,6 +64,25 @@ def test_ctrl_c_keeps_what_was_measured(
         bench_step.main(arguments)
 
 
+def test_what_was_measured_is_written_before_the_next_case(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = bench_step.measure_step
+
+    def dies_in_the_second(model, made, n, *args, **kwargs):
+        if n == 3:
+            raise KeyboardInterrupt
+        return measure(model, made, n, *args, **kwargs)
+
+    monkeypatch.setattr(bench_step, "measure_step", dies_in_the_second)
+    arguments = ["--cases", "tiny:2", "tiny:3", "--rounds", "1", "--no-memory", "--out", str(out)]
+    arguments += ["--contenders", "psgrad clip"]
+    with pytest.raises(KeyboardInterrupt):
+        bench_step.main(arguments)
+    record = json.loads((out / "bench.json").read_text())
+    assert [r["batch_size"] for r in record["results"]] == [2]
+
+
 def test_the_largest_batch_is_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "peak_memory", lambda model, contender, n, device: n * 2**20)
     settings = from_command_line(BenchStep, bench_step.DEFAULT, ["--largest-batch-gib", "0.1"])
