@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     images = load_images(settings.data, settings.data_root, settings.download)
     folder.make()
+    folder.history(up_to_step=0)  # forgets what a run left that was lost
     choices = torch.Generator().manual_seed(settings.seed)
     wrong, labels = mislabelled(images.train_y, settings.label_noise, images.classes, choices)
     print(f"{len(labels)} images, {int(wrong.sum())} with a wrong label; run folder {folder.path}")

@@ -13,6 +13,9 @@ from recipes.models import small_cnn
 
 
 def test_one_epoch_leaves_metrics_checkpoint_and_picture(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    lost = '{"way": "ordinary", "step": 7}\n'  # of a run that was killed
+    (tmp_path / "run" / "metrics.jsonl").write_text(lost)
     assert clip_norms.main(["--epochs", "1", "--batch-size", "500", "--out", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["way"], line["step"]) for line in lines] == [("ordinary", 1), ("clipped", 1)]
