@@ -11,7 +11,7 @@ from psgrad.capture import attach
 from psgrad.capture.contribution import Contribution
 from psgrad.loss import LossCheck, LossReduction, checked_reduction
 
-__all__ = ["LossReduction", "PerSampleGrads", "checked_reduction"]
+__all__ = ["PerSampleGrads", "accumulate"]
 
 
 class PerSampleGrads:

@@ -21,7 +21,7 @@ from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError, RefusedModelError
-from psgrad.per_sample import LossReduction
+from psgrad.loss import LossReduction
 
 __all__ = ["PrivacyEngine"]
 
