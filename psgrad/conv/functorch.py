@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, _is_functional_tensor
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
     _ExcludeDispatchKeyGuard,
+    _is_tracing,
     _len_torch_dispatch_stack,
 )
 from torch._C._functorch import (
@@ -237,11 +238,16 @@ def _inside(*operands: Tensor) -> _ExcludeDispatchKeyGuard:
 
 
 def _computes_only(operands: tuple[Tensor, ...]) -> bool:
-    """Whether nobody outside of this vmap sees what is done with these: no mode, level, subclass or graph."""
-    if _len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    """Whether nobody outside of this vmap sees what is done with these: no mode, level, subclass or graph.
+
+    Nor may a tensor's values be others than its memory holds: only the way through the levels minds that.
+    """
+    if _len_torch_dispatch_stack() or forward_ad._current_level >= 0 or _is_tracing():
         return False
     for t in operands:
         if type(t) not in _PLAIN or t.requires_grad or is_functorch_wrapped_tensor(t):
+            return False
+        if t.is_neg() or t._is_zerotensor() or _is_functional_tensor(t):
             return False
     return True
 

@@ -190,3 +190,58 @@ def test_a_subclass_stays_one_where_it_does_without_the_rules() -> None:
         found = _losses(x, marked)
     assert not any(directly)
     assert type(found) is type(_losses(x, marked))
+
+
+def _outputs(x: Tensor, w: Tensor) -> Tensor:
+    return torch.vmap(lambda x: F.conv2d(x, w))(x)
+
+
+@pytest.mark.parametrize("negative", ["x", "w"])
+def test_a_negative_view_keeps_its_sign(negative: str) -> None:
+    """Its memory holds the values with the other sign."""
+    x, w = _operands()
+    expected = -_outputs(x, w)
+    with use_rules():
+        found = _outputs(torch._neg_view(x), w) if negative == "x" else _outputs(x, torch._neg_view(w))
+    torch.testing.assert_close(found, expected)
+
+
+def test_zeros_that_have_no_memory() -> None:
+    """Forward-mode AD makes such tangents, which reach the backward pass of `grad` around `jvp`."""
+    x, w = _operands()
+
+    def slope(w: Tensor) -> Tensor:
+        return torch.func.jvp(lambda w: F.conv2d(x[0], w).tanh().sum(), (w,), (w,))[1]
+
+    weights = torch.stack([w, 2 * w])
+    expected = torch.stack([torch.func.grad(slope)(w) for w in weights])
+    with use_rules():
+        torch.testing.assert_close(torch.vmap(torch.func.grad(slope))(weights), expected)
+        zeros = torch._efficientzerotensor(X)
+        torch.testing.assert_close(_outputs(zeros, w), torch.zeros(3, 2, 5, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_script_has_the_convolution_and_not_its_value() -> None:
+    x, w = _operands()
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return _outputs(x, w) + x.sum()
+
+    with use_rules():
+        traced = torch.jit.trace(function, (x, w), check_trace=False)
+    torch.testing.assert_close(traced(2 * x, w), function(2 * x, w))
+
+
+def test_functionalized_without_a_level() -> None:
+    x, w = _operands()
+    inputs = [torch._to_functional_tensor(t) for t in (x, w)]
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        with use_rules():
+            found = _outputs(*inputs)
+    finally:
+        torch._disable_functionalization()
+    torch.testing.assert_close(torch._from_functional_tensor(found), _outputs(x, w))
