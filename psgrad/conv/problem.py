@@ -17,6 +17,7 @@ from torch import Tensor
 
 from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
 from psgrad.conv.hashed_once import HashedOnce
+from psgrad.conv.scratch import is_traced
 from psgrad.errors import ShapeError, StrategyError
 
 __all__ = ["WeightGradProblem", "normalise", "problem_of"]
@@ -141,6 +142,8 @@ def normalise(
 
     """
     form = _form_of(x, grad_output, weight_shape, geometry, rows_per_sample)
+    if is_traced():  # strides and offsets that strategies read become numbers of the graph: those of a copy
+        x, grad_output = (t.clone(memory_format=torch.contiguous_format) for t in (x, grad_output))
     if geometry.transposed:
         x, grad_output = grad_output, x
     for ends in (form.pad, form.cut):  # the cut may be longer than x itself: it comes second

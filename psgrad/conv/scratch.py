@@ -13,7 +13,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["is_plain_cpu", "scratch", "scratch_like"]
+__all__ = ["is_plain_cpu", "is_traced", "scratch", "scratch_like"]
 
 LARGEST = 4 * 2**20
 """Bytes of the largest block that stays."""
@@ -53,9 +53,14 @@ def scratch(purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def is_plain_cpu(t: Tensor) -> bool:
-    """Whether t is a tensor in a CPU's memory and nothing else, as it would be under vmap."""
+    """Whether t is a tensor in a CPU's memory and nothing else, as it would be under vmap or in a graph."""
     wrapped = type(t) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return not wrapped and t.device.type == "cpu"
+    return not wrapped and t.device.type == "cpu" and not is_traced()
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode is on, which may be making a graph that other tensors will run through."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def scratch_like(purpose: str, like: Tensor) -> Tensor:

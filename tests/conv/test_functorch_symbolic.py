@@ -1,4 +1,4 @@
-"""The rules under a trace whose sizes are symbols, as with `torch.compile(dynamic=True)`."""
+"""The rules in a graph that runs on other tensors: of other sizes (`dynamic=True`), of other layouts."""
 
 import pytest
 import torch
@@ -32,3 +32,38 @@ def test_traced_with_symbols_for_sizes(w_dim, dtype, convolve):
         expected = gradients(w.double(), x.double())
         close = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
         torch.testing.assert_close(graph(w, x).double(), expected, **close)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("strategy", ["unfold", "correlate", "loop", "grouped"])
+def test_a_graph_of_a_strategy_reads_any_layout(strategy, mode):
+    """Also batches cut from the middle of a data set; and of no call's temporary memory is it made a part."""
+
+    def gradients(w, x):
+        return vmap(grad(lambda w, x: F.conv2d(x, w, groups=4).tanh().sum()), (None, 0))(w, x)
+
+    w, data = torch.randn(8, 1, 3, 3), torch.randn(9, 1, 4, 6, 6)
+    layouts = {
+        "offset": data[3:7],
+        "channels_last": data[:4, 0].to(memory_format=torch.channels_last).unsqueeze(1),
+        "expanded": data[:1].expand(4, -1, -1, -1, -1),
+    }
+    with use_rules(strategy):
+        gradients(w, data[:4])  # memory for temporaries is there now
+        graph = make_fx(gradients, tracing_mode=mode)(w, data[:4])
+    for x in layouts.values():
+        torch.testing.assert_close(graph(w, x), gradients(w, x))
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
+
+
+def test_a_compiled_function_takes_a_data_set_in_batches():
+    def gradients(w, x):
+        return vmap(grad(lambda w, x: F.conv2d(x, w).tanh().sum()), (None, 0))(w, x)
+
+    w, data = torch.randn(6, 2, 3, 3), torch.randn(8, 1, 2, 6, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=True)
+    with use_rules("unfold"):
+        for x in data.split(4):
+            torch.testing.assert_close(compiled(w, x), gradients(w, x))
+    torch._dynamo.reset()
