@@ -68,6 +68,15 @@ def test_single_and_empty_batches() -> None:
     assert grads.shape == (0, 4, 2, 3, 3)
 
 
+def test_an_input_without_channels() -> None:
+    """PyTorch's output has no channels then, whatever the weight has."""
+    per_sample_grads = vmap(grad(lambda w, x: F.conv2d(x, w).sum()), (None, 0))
+    for strategy in ALL:
+        with use_rules(strategy):
+            grads = per_sample_grads(torch.zeros(4, 0, 3, 3), torch.zeros(5, 1, 0, 4, 4))
+        assert grads.shape == (5, 4, 0, 3, 3)
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_randomness(randomness: str) -> None:
     net, (x, y) = model(dropout=0.5), samples()

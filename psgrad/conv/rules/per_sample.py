@@ -37,8 +37,8 @@ def per_sample_refusal(
 ) -> str | None:
     """Why a backward pass is not one of single samples whose strategies may be used; None if it is.
 
-    The precondition: grad_output and x batched, the weight not, and one sample in every entry of a
-    `B` that is not empty. Strategies are planned for sizes that are numbers, write into buffers and leave
+    The precondition: grad_output and x batched, the weight not, one sample in every entry of `B`, and
+    an x that is not empty. Strategies are planned for sizes that are numbers, write into buffers and leave
     no autograd graph, so they also need plain tensors: none of a dynamic shape, none that an outer
     `torch.func` transform wraps (nested vmap), and none whose gradient someone is recording (double
     backward from outside, forward-mode AD).
@@ -46,13 +46,13 @@ def per_sample_refusal(
     """
     if gbdim is None or xbdim is None or wbdim is not None:
         return "grad_output and x must be batched, and the weight not"
-    batch, samples = x.shape[xbdim], x.shape[1 if xbdim == 0 else 0]
+    samples = x.shape[1 if xbdim == 0 else 0]
     if samples != 1:
         return f"an entry of B holds {samples} samples, not one"
-    if batch == 0:
-        return "B is empty"
     if any(isinstance(size, torch.SymInt) for t in (x, grad_output) for size in t.shape):
         return "a size is a symbol: strategies are planned for numbers"
+    if x.numel() == 0:  # without channels PyTorch's convolution gives an output without channels
+        return "x is empty"
     if is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(grad_output):
         return "an outer transform wraps the tensors"
     if torch.is_grad_enabled() and (x.requires_grad or grad_output.requires_grad):
