@@ -210,6 +210,10 @@ def test_more_that_does_not_fit() -> None:
         convolution_backward_batch_rule(G, 0, X, 0, W, None, PAIR, (True, True))
     with pytest.raises(ShapeError, match="out of range"):
         compute_grad_bias(G, (True,) * 3, 5)
+    with pytest.raises(ShapeError, match=r"\(3, 6\) with bdim 0"):
+        compute_grad_bias(torch.zeros(3, 6), (True,) * 3, 0)
+    with pytest.raises(ShapeError, match="three entries"):
+        compute_grad_bias(G, (False, True), 0)
     with pytest.raises(StrategyError, match="no strategy 'fastest': there are auto, measure, loop"):
         cudnn_conv_per_sample_grad_rule(G, 0, X, 0, W, None, PAIR, (True,) * 3, "fastest")
     with pytest.raises(StrategyError, match="no strategy"):  # also where it would not be used

@@ -140,11 +140,13 @@ def compute_grad_bias(
     Raises
     ------
     ShapeError
-        If `gbdim` is out of range.
+        If `gbdim` is out of range, grad_output without samples and channels, or the mask not of three.
 
     """
-    if not output_mask[2]:
+    if not mask_of(output_mask)[2]:
         return None
+    if grad_output.ndim - (gbdim is not None) < 2:
+        raise ShapeError(f"grad_output {tuple(grad_output.shape)} with bdim {gbdim} is not N(GO)")
     if gbdim is None:
         return grad_output.sum([0, *range(2, grad_output.ndim)])
     return move_batch_dim_to_front(grad_output, gbdim).sum([1, *range(3, grad_output.ndim)])
