@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError
+from psgrad import ConfigError, PsgradError, keep_freed_memory
 from psgrad.bench import conv_report, machine, report
 from psgrad.bench.acceptance import looks_like_a_miss
 from psgrad.bench.case_sets import CASE_SETS, QUICK_CASES
@@ -84,6 +84,8 @@ class BenchConv(Settings):
     """Timed rounds at most; fewer when the numbers have settled or the time is used up."""
     suite: Literal["layers", "rules"] = "layers"
     """Layers of networks, or the batch rules of convolution under torch.vmap."""
+    keep_freed: bool = True
+    """Have the process keep memory that it frees, for all alike: `psgrad.keep_freed_memory`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     quick: bool = False
@@ -108,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     machine.require_device(settings.device)
     if "tf32" in settings.dtypes and settings.device == "cpu":
         raise ConfigError("dtypes: tf32 is arithmetic of NVIDIA's tensor cores; on the CPU take float32")
+    if settings.keep_freed:
+        keep_freed_memory()
     # of vmap, seen in its numbers; and of modules called without their hooks
     warnings.filterwarnings("ignore", message="There is a performance drop")
     if settings.suite == "rules":
