@@ -9,7 +9,6 @@ from opacus.data_loader import DPDataLoader, dtype_safe, shape_safe, wrap_collat
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from psgrad.capture.region import first_rows
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError
 
@@ -65,7 +64,7 @@ class PoissonLoader(DPDataLoader):
     def __iter__(self) -> Iterator[Any]:
         """Return the batches of a pass."""
         for batch in super().__iter__():
-            self._optimizer.batch_drawn(first_rows(batch, {}))
+            self._optimizer.batch_drawn()
             yield batch
 
 
@@ -83,7 +82,9 @@ class _Batches(UniformWithReplacementSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         self._optimizer.pass_begins()
-        yield from super().__iter__()
+        for batch in super().__iter__():
+            self._optimizer.batch_sampled(len(batch))
+            yield batch
 
 
 def sample_rate_of(source: DataLoader[Any]) -> float:

@@ -99,7 +99,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._seen = 0  # backward passes of this logical step that a step() has put by
         self._before_batch: int | None = None  # those waiting for a step when a batch was drawn
-        self._drawn: list[int | None] = []  # samples of the loader's batches whose steps are still to come
+        self._sampled: list[int] | None = None  # sizes of a loader's batches whose steps are still to come
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
 
     def _check_clipped(self, parameters: list[nn.Parameter]) -> None:
@@ -126,7 +126,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         ------
         ConfigError
             If no backward pass was clipped since the last call, or its gradients were cleared; if they are
-            of two batches of a `PoissonLoader`; under `torch.amp.GradScaler`.
+            of two batches of a `PoissonLoader`, or of one that had its step; under `torch.amp.GradScaler`.
 
         """
         loss = None
@@ -163,19 +163,25 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "the sum by twice its bound. Call step() after every batch; what is too large at once goes "
                 "through backward in parts, or through BatchMemoryManager"
             )
+        if self._sampled is not None:
+            self._check_samples(self._sampled)
         self._seen = passes
-        self._report_samples()
 
-    def _report_samples(self) -> None:
+    def _check_samples(self, sampled: list[int]) -> None:
+        if not sampled:
+            raise ConfigError(
+                "a step on no new batch of the loader: epsilon counts on a batch sampled anew for each step. "
+                "Take one step a batch, and iterate over the loader once more for a further pass: "
+                "itertools.cycle(loader) and list(loader) keep the batches of the first"
+            )
         gathered = self.clip.gathered.samples // self.clip.gradients_per_sample
-        drawn = [samples for samples in self._drawn if samples is not None]  # one may be drawn ahead
-        if len(drawn) == len(self._drawn) > 0 and gathered > max(drawn):
+        if gathered > max(sampled):  # one may be sampled ahead
             warnings.warn(
-                f"a step of {gathered} samples, on a batch of {max(drawn)} of the loader. A sample that went "
-                "through backward twice (two losses, a second view, windows of a sequence) changes the sum "
-                "by twice its bound, to which noise is not scaled: add up its losses and call backward once, "
-                "or make its rows one sample by rows_per_sample. Rows from elsewhere do no harm",
-                stacklevel=3,
+                f"a step of {gathered} samples, on a batch of {max(sampled)} of the loader. A sample that "
+                "went through backward twice (two losses, a second view, windows of a sequence) changes the "
+                "sum by twice its bound, to which noise is not scaled: add up its losses and call backward "
+                "once, or make its rows one sample by rows_per_sample. Rows from elsewhere do no harm",
+                stacklevel=4,
             )
 
     def step_empty(self) -> None:
@@ -195,20 +201,27 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Tell what the next `step()` not told of yet is: True for a physical batch with more to come."""
         self._physical.append(do_skip)
 
-    def batch_drawn(self, samples: int | None) -> None:
-        """Tell that a loader yields the next logical batch, of so many samples if that is known.
+    def batch_sampled(self, samples: int) -> None:
+        """Tell that a loader has sampled a logical batch, perhaps ahead of the one that it yields next.
 
-        `step()` refuses gradients from two batches, and warns of more samples than the batch has.
+        `step()` refuses to be called more often than that, and warns of more samples than there are.
         """
-        self._drawn.append(samples)
+        assert self._sampled is not None  # a pass has begun
+        self._sampled.append(samples)
+
+    def batch_drawn(self) -> None:
+        """Tell that a loader yields the next logical batch: `step()` refuses gradients from two."""
         if self.clip.gathered.backward_passes:
             self._before_batch = self.clip.gathered.backward_passes
 
     def pass_begins(self) -> None:
         """Tell that a loader starts a pass: what an interrupted logical step left behind is forgotten."""
+        self._sampled = []
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._physical.clear()
         self._sums.clear()
-        self._drawn.clear()
         self.zero_grad()
 
     def _put_by(self) -> None:
@@ -224,7 +237,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         for p in self.parameters:
             p.grad = self._sums.pop(p, None)
         self._seen, self._before_batch = 0, None
-        del self._drawn[:1]
+        if self._sampled:
+            del self._sampled[0]
         add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None
@@ -338,7 +352,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not state_dict.get("accountant"):
             raise ConfigError("this state has no accountant: the privacy spent so far would be forgotten")
         self.generator = noise_generator(self.generator.device)
-        self.pass_begins()
+        self._start_anew()
         self.accountant.load_state_dict(state_dict["accountant"])
         self.clip.load_state_dict(state_dict["clip"])
         self.noise_multiplier = state_dict.get("noise_multiplier", self.noise_multiplier)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,6 +64,12 @@ def train(model: nn.Module, optimizer: PrivateOptimizer, batches: Any) -> None:
         optimizer.zero_grad()
         backward(model, x, y)
         optimizer.step()
+
+
+def in_parts(loader: DataLoader[Any], optimizer: PrivateOptimizer, size: int) -> BatchMemoryManager:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus's own
+        return BatchMemoryManager(data_loader=loader, max_physical_batch_size=size, optimizer=optimizer)
 
 
 def flat(model: nn.Module) -> Tensor:

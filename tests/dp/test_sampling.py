@@ -1,12 +1,11 @@
 """P4: what the accountant assumes of the batches is what the loader delivers."""
 
+import itertools
 import math
-import warnings
 
 import pytest
 import torch
 from opacus.data_loader import DPDataLoader
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -20,13 +19,7 @@ from torch.utils.data import (
 
 from psgrad import ConfigError
 from psgrad.dp import PrivacyEngine, noise_generator
-from tests.dp.problems import backward, dataset, flat, loader_of, network, private, sgd, train
-
-
-def in_parts(loader, optimizer, size):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus's own
-        return BatchMemoryManager(data_loader=loader, max_physical_batch_size=size, optimizer=optimizer)
+from tests.dp.problems import backward, dataset, flat, in_parts, loader_of, network, private, sgd, train
 
 
 def test_batches_are_poisson_samples_independent_from_step_to_step():
@@ -140,6 +133,25 @@ def test_one_batch_in_parts_by_hand_and_one_drawn_ahead_are_one_step_each():
         x, y = following
         optimizer.step()
     assert optimizer.accountant.history == [(1.0, 0.25, 3)]
+
+
+AGAIN = {
+    "several steps a batch": lambda loader: ((x, y) for x, y in loader for _ in range(2)),
+    "cycle": lambda loader: itertools.islice(itertools.cycle(loader), 2 * len(loader)),
+    "list": lambda loader: list(loader) * 2,
+    "parts": lambda loader, optimizer: list(in_parts(loader, optimizer, 2).__enter__()) * 2,
+}
+
+
+@pytest.mark.parametrize("batches", AGAIN.values(), ids=list(AGAIN))
+def test_no_batch_has_two_steps(batches):
+    """Noise of one and the same subsample; the accountant would count on another for every step."""
+    model, optimizer, loader = private()
+    told = (loader, optimizer)[: batches.__code__.co_argcount]
+    with pytest.raises(ConfigError, match="no new batch"):
+        train(model, optimizer, batches(*told))
+    assert sum(steps for *_, steps in optimizer.accountant.history) <= len(loader)
+    train(model, optimizer, loader)  # which is what to do
 
 
 def test_a_loader_of_opacus_keeps_its_rate():

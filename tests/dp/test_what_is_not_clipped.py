@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from psgrad import CaptureError, ConfigError
-from tests.dp.problems import backward, flat, network, private
+from tests.dp.problems import backward, flat, in_parts, loader_of, network, private, train
 
 
 def test_gradients_from_before_the_optimizer_are_dropped():
@@ -66,6 +66,24 @@ def test_more_samples_than_were_drawn_are_reported():
         told = [str(w.message) for w in caught if "twice its bound" in str(w.message)]
         assert len(told) == views - 1
         assert not told or f"{2 * len(x)} samples, on a batch of {len(x)}" in told[0]
+
+
+def twice(samples):
+    return torch.utils.data.default_collate([sample for sample in samples for _ in range(2)])
+
+
+@pytest.mark.parametrize("physical", [None, 5])
+def test_a_collation_that_makes_several_rows_of_a_sample_is_reported(physical):
+    """Crops of an image, windows of a text: each row would be clipped on its own."""
+    model, optimizer, loader = private(loader=loader_of(24, 8, collate_fn=twice))
+    batches = loader if physical is None else in_parts(loader, optimizer, physical).__enter__()
+    with pytest.warns(UserWarning, match="twice its bound"):
+        train(model, optimizer, batches)
+    optimizer.clip.remove()
+    _, optimizer, loader = private(loader=loader, model=model, rows_per_sample=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, loader)
 
 
 def test_the_divisor_cannot_be_moved_by_an_attribute():
