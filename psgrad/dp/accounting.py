@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 from opacus.accountants import PRVAccountant
+from opacus.accountants.accountant import IAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from psgrad.errors import ConfigError
 
-__all__ = ["PRVAccountant", "epsilon_spent", "noise_multiplier_for"]
+__all__ = ["PRVAccountant", "epsilon_spent", "load_spent", "noise_multiplier_for"]
 
 
 def noise_multiplier_for(
@@ -81,3 +84,21 @@ def epsilon_spent(accountant: PRVAccountant, delta: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return float(accountant.get_epsilon(delta))
+
+
+def load_spent(accountant: IAccountant, state: dict[str, Any]) -> None:
+    """Load the steps that a checkpoint tells of, unless the accountant has recorded them and more.
+
+    A script that goes back to its best weights, in the process that found them, has spent what came after
+    them as well: they were looked at to choose.
+    """
+    saved, recorded = state.get("history", []), accountant.history
+    n = len(saved)  # of (noise multiplier, sample rate, steps)
+    contained = (
+        0 < n <= len(recorded)
+        and recorded[: n - 1] == saved[:-1]
+        and recorded[n - 1][:2] == saved[-1][:2]
+        and recorded[n - 1][2] >= saved[-1][2]
+    )
+    if not contained:
+        accountant.load_state_dict(copy.deepcopy(state))  # Opacus's keeps the list, and counts on in it

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from psgrad.clipping import ClipPerSample, as_style, check_loss_reduction
-from psgrad.dp.accounting import noise_multiplier_for
+from psgrad.dp.accounting import load_spent, noise_multiplier_for
 from psgrad.dp.arguments import MaxGradNorm, expected_batch_size, refuse_distributed, style_of
 from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of
@@ -305,6 +305,8 @@ class PrivacyEngine:
     ) -> dict[str, Any]:
         """Go on where `save_checkpoint` was called, psgrad's or Opacus's; return what it wrote.
 
+        Steps that the accountant has recorded since, in the same process, stay recorded: they are spent.
+
         Raises
         ------
         ConfigError
@@ -328,8 +330,10 @@ class PrivacyEngine:
                 )
         states = from_opacus(checkpoint, module, optimizer)
         module.load_state_dict(states["module_state_dict"], **(module_load_dict_kwargs or {}))
-        for name, part in asked.items():
-            if part is not None and name != "module":
+        load_spent(self.accountant, states["privacy_accountant_state_dict"])
+        for name in ("optimizer", "noise_scheduler", "grad_clip_scheduler"):
+            part = asked[name]
+            if part is not None:
                 part.load_state_dict(states[f"{name}_state_dict"])
         return checkpoint
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.clipping import ClipPerSample
+from psgrad.dp.accounting import load_spent
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
 from psgrad.errors import ConfigError
 
@@ -337,7 +338,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, between logical steps; a step half gathered is forgotten.
 
-        So does the noise multiplier, which a scheduler may have moved.
+        So does the noise multiplier, which a scheduler may have moved. What the accountant has recorded
+        since the state was taken stays recorded: it is spent, also if its weights are dropped.
 
         Noise is drawn from a new, unseeded generator from now on: the one given, if its seed is the
         interrupted run's, would draw that run's noise once more, and two results with the same noise
@@ -353,7 +355,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise ConfigError("this state has no accountant: the privacy spent so far would be forgotten")
         self.generator = noise_generator(self.generator.device)
         self._start_anew()
-        self.accountant.load_state_dict(state_dict["accountant"])
+        load_spent(self.accountant, state_dict["accountant"])
         self.clip.load_state_dict(state_dict["clip"])
         self.noise_multiplier = state_dict.get("noise_multiplier", self.noise_multiplier)
         self.original_optimizer.load_state_dict(

@@ -1,5 +1,7 @@
 """P7: resumed equals uninterrupted."""
 
+import copy
+
 import pytest
 import torch
 from opacus.schedulers import ExponentialGradClip, ExponentialNoise
@@ -54,6 +56,36 @@ def test_without_noise_bit_for_bit(tmp_path, style):
     assert torch.equal(flat(resumed.model), flat(whole.model))
     assert resumed.optimizer.max_grad_norm == whole.optimizer.max_grad_norm
     assert resumed.engine.accountant.history == whole.engine.accountant.history
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("by", ["engine", "optimizer"])
+def test_going_back_to_the_best_weights_keeps_what_was_spent_since(tmp_path, by, moved):
+    run = Run(0.1, 1.5).steps(BATCHES[:1])
+    run.save(tmp_path / "c.pt")
+    best, state = flat(run.model), copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+    if moved:
+        run.optimizer.noise_multiplier = 1.0
+    spent = run.steps(BATCHES[1:]).engine.get_epsilon(1e-5)
+    if by == "engine":
+        run.load(tmp_path / "c.pt")
+    else:
+        run.model.load_state_dict(state[0])
+        run.optimizer.load_state_dict(state[1])
+    assert torch.equal(flat(run.model), best)
+    assert run.engine.get_epsilon(1e-5) == spent
+    run.steps(BATCHES[:1])
+    assert sum(steps for *_, steps in run.engine.accountant.history) == 5
+
+
+def test_two_runs_that_go_on_from_one_state_count_their_own_steps():
+    state = Run(0.1, 1.5).steps(BATCHES[:1]).optimizer.state_dict()
+    runs = [Run(0.1, 1.5), Run(0.1, 1.5)]
+    for run in runs:
+        run.optimizer.load_state_dict(state)
+    for run in runs:
+        run.steps(BATCHES[:1])
+        assert run.engine.accountant.history == [(1.5, 0.25, 2)]
 
 
 @pytest.mark.parametrize("style", [lambda: 0.1, lambda: AdaptiveQuantile(0.1, 4, count_noise=3.0)])
