@@ -86,7 +86,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())
         _refuse_closures(optimizer)
-        self._check_clipped([p for group in optimizer.param_groups for p in group["params"]])
+        self._check_clipped()
         for p in self.parameters:
             p.grad = None  # what was not clipped; nor may it be mistaken for what will be
         clip.forget()
@@ -103,9 +103,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._sampled: list[int] | None = None  # sizes of a loader's batches whose steps are still to come
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
 
-    def _check_clipped(self, parameters: list[nn.Parameter]) -> None:
+    def _check_clipped(self) -> None:
         clipped = set(self.parameters)
-        strangers = [p for p in parameters if p.requires_grad and p not in clipped]
+        held = (p for group in self.param_groups for p in group["params"])
+        strangers = [p for p in held if p.requires_grad and p not in clipped]
         if strangers:
             shapes = sorted(str(tuple(p.shape)) for p in strangers)
             raise ConfigError(
@@ -127,7 +128,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         ------
         ConfigError
             If no backward pass was clipped since the last call, or its gradients were cleared; if they are
-            of two batches of a `PoissonLoader`, or of one that had its step; under `torch.amp.GradScaler`.
+            of two batches of a `PoissonLoader`, or of one that had its step; if the optimizer holds a
+            trainable parameter that is not clipped; under `torch.amp.GradScaler`.
 
         """
         loss = None
@@ -233,6 +235,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 p.grad = None
 
     def _finish(self) -> None:
+        self._check_clipped()  # one may have been thawed since, or been given to the optimizer inside
         sigma = self.clip.style.gradient_noise_multiplier(self.noise_multiplier)
         gathered = self.clip.take(self.generator)
         for p in self.parameters:
@@ -322,9 +325,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
             If one is not clipped.
 
         """
-        parameters = param_group["params"]
-        self._check_clipped([parameters] if isinstance(parameters, nn.Parameter) else list(parameters))
         self.original_optimizer.add_param_group(param_group)
+        try:
+            self._check_clipped()
+        except ConfigError:
+            del self.param_groups[-1]
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, but the noise generator: noise is never drawn twice."""

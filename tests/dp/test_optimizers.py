@@ -100,6 +100,28 @@ def test_what_the_optimizer_does_not_hold_is_clipped_with_the_rest_and_stays():
     assert torch.equal(model[0].weight, before)
 
 
+ADDED = {
+    "iterator": (nn.Module.parameters, nn.Module.parameters),
+    "named": (nn.Module.named_parameters, nn.Module.named_parameters),
+    "list": (nn.Module.parameters, lambda layer: [*layer.parameters()]),
+    "one": (nn.Module.parameters, lambda layer: layer.weight),
+}
+
+
+@pytest.mark.parametrize(("first", "added"), ADDED.values(), ids=list(ADDED))
+def test_a_group_that_is_added_is_trained(first, added):
+    model = network()
+    model, optimizer, _ = private(model=model, optimizer=lambda _: optim.SGD(first(model[0])))
+    optimizer.add_param_group({"params": added(model[4]), "lr": 0.5})
+    before = model[4].weight.clone()
+    backward(model, *BATCHES[0])
+    optimizer.step()
+    assert not torch.equal(model[4].weight, before)
+    with pytest.raises(ConfigError, match="not clipped"):
+        optimizer.add_param_group({"params": added(nn.Linear(3, 2))})
+    assert len(optimizer.param_groups) == 2
+
+
 def test_frozen_parts_stay_whatever_the_optimizer_holds():
     model = network().double()
     model[0].requires_grad_(False)

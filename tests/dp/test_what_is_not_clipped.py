@@ -44,6 +44,26 @@ def test_an_attack_on_the_inputs_adds_nothing_to_the_step():
     assert optimizer.accountant.history[-1][-1] == 1
 
 
+def test_a_backbone_that_is_thawed_outside_of_the_private_module_is_not_trained():
+    """Its gradients are whole, without clipping or noise, and the optimizer has held it from the start."""
+    backbone = torch.nn.Conv1d(2, 2, 1).requires_grad_(False)
+    head, optimizer, loader = private(
+        optimizer=lambda ps: torch.optim.SGD([*ps, *backbone.parameters()], lr=0.5)
+    )
+    batches = iter(loader)
+    x, y = next(batches)
+    backward(head, backbone(x), y)
+    optimizer.step()
+    before = flat(backbone), flat(head)
+    backbone.requires_grad_(True)
+    x, y = next(batch for batch in batches if len(batch[0]))
+    backward(head, backbone(x), y)
+    with pytest.raises(ConfigError, match=r"2 parameters that are not clipped, of shapes \(2, 2, 1\)"):
+        optimizer.step()
+    assert all(map(torch.equal, before, (flat(backbone), flat(head))))
+    assert optimizer.accountant.history[0][-1] == 1
+
+
 def test_two_losses_over_one_forward_pass():
     model, _, loader = private()
     x, y = next(batch for batch in loader if len(batch[0]))
