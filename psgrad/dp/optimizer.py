@@ -51,9 +51,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
     Guarantees
     ----------
     Each `step()` draws noise once for every trainable parameter, used or not, and records one step with
-    the accountant before the weights move. No step moves a parameter whose gradient was not clipped, and a
-    step without a backward pass since the last raises; for an empty batch there is `step_empty()`, though a
-    backward pass over no rows does as well.
+    the accountant before the weights move. No step moves a parameter whose gradient was not clipped. A step
+    without a backward pass since the last raises (for an empty batch there is `step_empty()`, though a
+    backward pass over no rows does as well), and so does `step()` of the optimizer inside.
 
     Raises
     ------
@@ -102,6 +102,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._before_batch: int | None = None  # those waiting for a step when a batch was drawn
         self._sampled: list[int] | None = None  # sizes of a loader's batches whose steps are still to come
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
+        self._in_step = False
+        optimizer.register_step_pre_hook(self._refuse_bare_step)
+
+    def _refuse_bare_step(self, *_: Any) -> None:
+        if not (self._in_step or self.clip.removed):
+            raise ConfigError(
+                "step() of the optimizer inside of the private one: its gradients have no noise, and nothing "
+                "accounts for it. Call step() of the private one, which make_private returned"
+            )
 
     def _check_clipped(self) -> None:
         clipped = set(self.parameters)
@@ -250,7 +259,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
         for hook in self._hooks:
             hook(self)
-        self.original_optimizer.step()
+        self._in_step = True
+        try:
+            self.original_optimizer.step()
+        finally:
+            self._in_step = False
         for p in self.parameters:
             p.grad = None
 

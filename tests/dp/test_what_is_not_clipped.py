@@ -44,6 +44,25 @@ def test_an_attack_on_the_inputs_adds_nothing_to_the_step():
     assert optimizer.accountant.history[-1][-1] == 1
 
 
+def test_no_step_of_the_optimizer_inside():
+    """The name that a script had for it before is still there."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, optimizer, loader = private(model=model, optimizer=lambda _: inner)
+    before = flat(model)
+    for x, y in loader:
+        backward(model, x, y)
+        with pytest.raises(ConfigError, match="no noise"):
+            inner.step()
+        assert torch.equal(flat(model), before)
+        break
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
+    optimizer.clip.remove()
+    backward(model, x, y)
+    inner.step()  # as it ever was
+
+
 def test_a_backbone_that_is_thawed_outside_of_the_private_module_is_not_trained():
     """Its gradients are whole, without clipping or noise, and the optimizer has held it from the start."""
     backbone = torch.nn.Conv1d(2, 2, 1).requires_grad_(False)
