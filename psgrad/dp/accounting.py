@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -77,10 +78,12 @@ def noise_multiplier_for(
         ) from err
 
 
-def epsilon_spent(accountant: PRVAccountant, delta: float) -> float:
-    """Return the epsilon of all steps recorded so far at this delta; 0 before the first."""
+def epsilon_spent(accountant: IAccountant, delta: float) -> float:
+    """Return the epsilon of all steps so far at this delta: 0 before the first, inf if one had no noise."""
     if not len(accountant):
         return 0.0
+    if not all(noise_multiplier for noise_multiplier, _, _ in accountant.history):
+        return math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return float(accountant.get_epsilon(delta))

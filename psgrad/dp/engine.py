@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from psgrad.clipping import ClipPerSample, as_style, check_loss_reduction
-from psgrad.dp.accounting import load_spent, noise_multiplier_for
+from psgrad.dp.accounting import epsilon_spent, load_spent, noise_multiplier_for
 from psgrad.dp.arguments import MaxGradNorm, expected_batch_size, refuse_distributed, style_of
 from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of
@@ -246,7 +246,7 @@ class PrivacyEngine:
         )
 
     def get_epsilon(self, delta: float) -> float:
-        """Return the epsilon of all steps so far at this delta; 0 before the first.
+        """Return the epsilon of all steps so far at this delta: 0 before the first, inf if one had no noise.
 
         Raises
         ------
@@ -261,7 +261,7 @@ class PrivacyEngine:
                 "poisson_sampling=False: no accountant here describes these batches, and an epsilon for "
                 "Poisson-sampled ones would be too small"
             )
-        return float(self.accountant.get_epsilon(delta=delta)) if len(self.accountant) else 0.0
+        return epsilon_spent(self.accountant, delta)
 
     def save_checkpoint(
         self,

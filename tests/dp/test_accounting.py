@@ -1,5 +1,7 @@
 """P6: what is reported is spent."""
 
+import math
+
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
@@ -45,6 +47,13 @@ def test_an_accountant_that_is_no_bound_is_refused():
 
 def test_nothing_spent_before_the_first_step():
     assert epsilon_spent(PRVAccountant(), 1e-5) == 0
+
+
+def test_a_step_without_noise_is_without_privacy():
+    accountant = PRVAccountant()
+    for noise_multiplier in (1.0, 0.0, 1.0):
+        accountant.step(noise_multiplier=noise_multiplier, sample_rate=0.1)
+    assert epsilon_spent(accountant, 1e-5) == math.inf
 
 
 @pytest.mark.parametrize(
