@@ -179,10 +179,10 @@ class PrivacyEngine:
                 generator=noise_generator,
                 divisor=None if loss_reduction == "mean" else 1.0,  # as Opacus: a sum stays a sum
             )
-        except ConfigError:
+            loader = PoissonLoader(data_loader, private) if poisson else data_loader
+        except BaseException:  # the data set's own among them
             clip.remove()
             raise
-        loader = PoissonLoader(data_loader, private) if poisson else data_loader
         self._not_poisson |= not poisson
         if grad_sample_mode == "ghost":
             return module, private, criterion or nn.CrossEntropyLoss(reduction=loss_reduction), loader

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from opacus.data_loader import DPDataLoader, dtype_safe, shape_safe, wrap_collate_with_empty
+from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from psgrad.dp.collation import WithEmptyBatches
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError
 
@@ -38,19 +39,11 @@ class PoissonLoader(DPDataLoader):
     def __init__(self, source: DataLoader[Any], optimizer: PrivateOptimizer) -> None:
         self.sample_rate, self.distributed = sample_rate_of(source), False
         self._optimizer = optimizer
-        first, collate = source.dataset[0], source.collate_fn
-        if not isinstance(source, DPDataLoader):
-            collate = wrap_collate_with_empty(
-                collate_fn=collate,
-                sample_empty_shapes=[(0, *shape_safe(x)) for x in first],
-                dtypes=[dtype_safe(x) for x in first],
-            )
-            collate([first])  # it learns the form of a batch from one that is not empty
         DataLoader.__init__(  # not Opacus's, which makes a sampler that tells nobody
             self,
             dataset=source.dataset,
             batch_sampler=_Batches(source, self.sample_rate, optimizer),
-            collate_fn=collate,
+            collate_fn=WithEmptyBatches(source.collate_fn, source.dataset[0]),
             num_workers=source.num_workers,
             pin_memory=source.pin_memory,
             timeout=source.timeout,
