@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from psgrad.clipping import ClippingStyle, PerLayer, as_style
 from psgrad.errors import ConfigError, RefusedModelError
 
-__all__ = ["MaxGradNorm", "expected_batch_size", "refuse_distributed", "style_of"]
+__all__ = ["MaxGradNorm", "expected_batch_size", "refuse_closures", "refuse_distributed", "style_of"]
 
 MaxGradNorm = float | Sequence[float] | ClippingStyle
 
@@ -35,7 +36,9 @@ def style_of(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None
     """
     if isinstance(max_grad_norm, ClippingStyle):
         return as_style(max_grad_norm, clipping)
-    if not isinstance(max_grad_norm, Sequence):  # of NumPy or torch, say
+    if not isinstance(max_grad_norm, (float, Sequence)) and hasattr(max_grad_norm, "tolist"):
+        return style_of(module, max_grad_norm.tolist(), clipping)  # of NumPy or torch
+    if not isinstance(max_grad_norm, Sequence):
         return as_style(float(max_grad_norm), clipping)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if clipping != "per_layer" or len(max_grad_norm) != len(names):
@@ -66,4 +69,21 @@ def refuse_distributed(module: nn.Module) -> None:
     if isinstance(module, wrappers):
         raise RefusedModelError(
             f"{type(module).__name__} copies or synchronises the module itself: give the module inside of it"
+        )
+
+
+def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a step is several evaluations of the loss.
+
+    Raises
+    ------
+    ConfigError
+        Naming the optimizer.
+
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} computes the loss several times in a step, each time on private "
+            "data that the accountant would not count: use an optimizer whose step() needs no closure"
         )

@@ -98,6 +98,7 @@ class PrivacyEngine:
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         rand_on_empty: bool = False,
+        wrap_model: bool = True,
         rows_per_sample: int = 1,
         memory_budget: int | None = None,
         **unknown: Any,
@@ -111,7 +112,8 @@ class PrivacyEngine:
         optimizer
             Any of `torch.optim`, over parameters of the module.
         criterion
-            The loss, to check `loss_reduction` against; returned, as it is, under grad_sample_mode="ghost".
+            The loss; returned, as it is, under grad_sample_mode="ghost". If it states its reduction,
+            `loss_reduction` is compared with it.
         data_loader
             Of a map-style data set; its expected batch size stays. With Poisson sampling every batch that the
             returned one yields is the batch of one step, which may take it in parts.
@@ -135,6 +137,8 @@ class PrivacyEngine:
             One of `MODES`.
         rand_on_empty
             Opacus's: an empty batch is filled with random numbers. Refused: it is not needed.
+        wrap_model
+            Opacus's: no module is ever wrapped here, and `optimizer.clip.remove()` cleans up.
         rows_per_sample
             K, the consecutive rows of a batch that make one sample.
         memory_budget
@@ -159,8 +163,8 @@ class PrivacyEngine:
         refuse_distributed(module)
         if not module.training:
             raise ConfigError("the module is in evaluation mode: call module.train() first")
-        if criterion is not None:
-            check_loss_reduction(criterion, loss_reduction)
+        if isinstance(getattr(criterion, "reduction", None), str):  # else `backward` reads the loss's graph
+            check_loss_reduction(criterion, loss_reduction)  # type: ignore[arg-type]
         style = style_of(module, max_grad_norm, clipping)
         poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
         # Where it is no sampling rate, get_epsilon says so.

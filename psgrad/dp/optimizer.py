@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.clipping import ClipPerSample
 from psgrad.dp.accounting import load_spent
+from psgrad.dp.arguments import refuse_closures
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
 from psgrad.errors import ConfigError
 
@@ -85,7 +85,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer = optimizer
         self.clip = clip
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())
-        _refuse_closures(optimizer)
+        refuse_closures(optimizer)
         self._check_clipped()
         for p in self.parameters:
             p.grad = None  # what was not clipped; nor may it be mistaken for what will be
@@ -320,12 +320,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]  # an attribute there
+    def state(self) -> Any:
         """That of the optimizer inside."""
         return self.original_optimizer.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.original_optimizer.state = state
+
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # likewise
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
         """Those of the optimizer inside."""
         return self.original_optimizer.defaults
 
@@ -386,12 +390,3 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> Any:
         raise ConfigError("a PrivateOptimizer holds a model's hooks: save its state_dict()")
-
-
-def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"{type(optimizer).__name__} computes the loss several times in a step, each time on private "
-            "data that the accountant would not count: use an optimizer whose step() needs no closure"
-        )

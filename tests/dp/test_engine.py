@@ -1,5 +1,6 @@
 """`PrivacyEngine`: scripts written for Opacus, and what it refuses."""
 
+import collections
 import importlib
 import inspect
 import textwrap
@@ -353,6 +354,36 @@ def test_an_accountant_s_own_hook_works():
 def test_ghost_returns_the_criterion_as_opacus_does():
     criterion = nn.CrossEntropyLoss()
     assert private(grad_sample_mode="ghost", criterion=criterion)[2] is criterion
+
+
+def test_a_loss_of_one_s_own_is_read_in_backward():
+    for reduction in (torch.mean, torch.sum):
+        model, _, criterion, _ = private(
+            grad_sample_mode="ghost", criterion=lambda out, y, r=reduction: -r(out[range(len(y)), y])
+        )
+        loss = criterion(model(torch.randn(4, 3)), torch.tensor([0, 1, 1, 0]))
+        if reduction is torch.sum:
+            with pytest.raises(ConfigError, match="sum over the batch"):
+                loss.backward()
+        else:
+            loss.backward()
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_no_module_is_wrapped(wrap_model):
+    model, optimizer, loader = small()
+    rest = {"data_loader": loader, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "wrap_model": wrap_model}
+    assert PrivacyEngine().make_private(module=model, optimizer=optimizer, **rest)[0] is model
+
+
+def test_the_state_of_the_optimizer_can_be_dropped():
+    """As scripts do between phases of training."""
+    model, optimizer, _ = private()
+    optimizer.original_optimizer.param_groups[0]["momentum"] = 0.9
+    train_one(model, optimizer, 4)
+    assert optimizer.state
+    optimizer.state = collections.defaultdict(dict)
+    assert not optimizer.original_optimizer.state
 
 
 def test_every_name_of_opacus_s_engine_is_there():

@@ -164,3 +164,9 @@ def test_a_first_batch_of_dicts_that_is_empty():
 def test_a_norm_of_another_library_is_a_number(norm):
     _, optimizer, _ = private(max_grad_norm=norm)
     assert optimizer.clip.l2_bound == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("of", [np.array, torch.tensor, tuple])
+def test_norms_of_another_library_are_a_list(of):
+    _, optimizer, _ = private(max_grad_norm=of([0.1] * 6), clipping="per_layer")
+    assert optimizer.clip.l2_bound == pytest.approx(0.1 * 6**0.5)
