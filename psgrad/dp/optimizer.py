@@ -82,6 +82,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not noise_multiplier >= 0:
             raise ConfigError(f"noise_multiplier must be 0 or more, got {noise_multiplier}")
         # Not torch's own __init__: groups, state and hooks are the inner optimizer's.
+        optimizer = getattr(optimizer, "original_optimizer", optimizer)  # a private one, given once more
         self.original_optimizer = optimizer
         self.clip = clip
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from psgrad import CaptureError, ConfigError
+from psgrad.dp import PrivacyEngine
 from tests.dp.problems import backward, flat, in_parts, loader_of, network, private, train
 
 
@@ -61,6 +62,20 @@ def test_no_step_of_the_optimizer_inside():
     optimizer.clip.remove()
     backward(model, x, y)
     inner.step()  # as it ever was
+
+
+def test_a_private_optimizer_that_is_made_private_anew():
+    """Another bound for the second half of a run, as Opacus allows."""
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(engine)
+    train(model, optimizer, loader)
+    optimizer.clip.remove()
+    model, again, loader = private(
+        engine, model=model, optimizer=lambda _: optimizer, loader=loader, noise_multiplier=2.0
+    )
+    assert again.original_optimizer is optimizer.original_optimizer
+    train(model, again, loader)
+    assert engine.accountant.history == [(1.0, 0.25, 4), (2.0, 0.25, 4)]
 
 
 def test_a_backbone_that_is_thawed_outside_of_the_private_module_is_not_trained():
