@@ -49,7 +49,8 @@ def device_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
 
     """
     device = torch.device(device)
-    tf32 = ", tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
+    allowed = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = ", tf32" if allowed else ""
     key = f"{_machine(device)} | {dtype}{tf32}"
     path = rates_file()
     known = _read(path)

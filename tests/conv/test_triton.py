@@ -155,6 +155,41 @@ def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
     assert "triton" in STRATEGIES
 
 
+@pytest.fixture
+def _precisions_are_put_back():
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")  # which alone undoes the older setting
+    convolutions.fp32_precision, products.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        (lambda: None, "ieee"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"), "ieee"),
+    ],
+    ids=["by default", "older setting", "products in TF32", "convolutions exactly"],
+)
+@pytest.mark.usefixtures("_precisions_are_put_back")
+def test_the_precision_is_what_pytorch_is_set_to(setting, precision, monkeypatch):
+    """PyTorch's older getters raise where its newer settings were used."""
+    seen = []
+
+    def record(*args, **kwargs):
+        seen.append(kwargs["precision"])
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr("psgrad.conv.strategies.triton.launch.launch", record)
+    setting()
+    x = torch.randn(1, 2, 4, device=DEVICE)
+    weight_grads(x, x, (2, 2, 1), ConvGeometry(1), "triton")
+    assert seen == [precision]
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.gpu
 def test_precision_says_what_it_does(precision):

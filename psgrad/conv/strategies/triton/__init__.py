@@ -20,9 +20,9 @@ class Triton(Strategy):
     Nothing is unfolded. The first problem of a kind compiles and times a few tiles, some seconds in all
     (`TRITON_PRINT_AUTOTUNING=1` tells); later processes find the fastest on disk. Norms come from an
     epilogue that squares and sums each tile and writes one number per tile, so that gradients are never in
-    memory. float32 operands are multiplied exactly ("ieee") unless PyTorch is allowed to use TF32 for
-    convolutions (`torch.backends.cudnn.allow_tf32` together with
-    `torch.get_float32_matmul_precision() != "highest"`).
+    memory. float32 operands are multiplied exactly ("ieee") unless PyTorch is allowed to use TF32 both for
+    convolutions and for products: `fp32_precision` of `torch.backends.cudnn.conv` and of
+    `torch.backends.cuda.matmul`, which PyTorch's older settings set as well.
     """
 
     name = "triton"
@@ -62,10 +62,10 @@ class Triton(Strategy):
     def _launch(x: Tensor, grad: Tensor, problem: WeightGradProblem, *, store: bool) -> Tensor:
         from psgrad.conv.strategies.triton.launch import launch  # triton may be missing: only when asked
 
-        tf32 = torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() != "highest"
-        grads, norms = launch(
-            x, grad, problem, store=store, square=not store, precision="tf32" if tf32 else "ieee"
-        )
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # of a module made at import
+        allowed = {convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision}
+        precision = "tf32" if allowed == {"tf32"} else "ieee"
+        grads, norms = launch(x, grad, problem, store=store, square=not store, precision=precision)
         result = grads if store else norms
         assert result is not None
         return result
