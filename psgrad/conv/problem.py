@@ -118,7 +118,7 @@ def normalise(
 
     A transposed convolution's weight gradient is that of the convolution in which x and grad_output
     change places, with the same weight shape. Asymmetric padding is added to x. Shapes seen before cost
-    one look-up.
+    one look-up. A tensor that is negative by a bit (`z.conj().imag`) is written out.
 
     Parameters
     ----------
@@ -142,6 +142,7 @@ def normalise(
 
     """
     form = _form_of(x, grad_output, weight_shape, geometry, rows_per_sample)
+    x, grad_output = x.resolve_neg(), grad_output.resolve_neg()  # kernels read memory, not what a bit says
     if is_traced():  # strides and offsets that strategies read become numbers of the graph: those of a copy
         x, grad_output = (t.clone(memory_format=torch.contiguous_format) for t in (x, grad_output))
     if geometry.transposed:

@@ -334,6 +334,20 @@ def test_gram_computes_again_what_cancellation_ate() -> None:
     assert (norms.double().sqrt() >= exact.sqrt() - 0.05).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_negative_by_a_bit(name: str) -> None:
+    x, grad = torch.randn(3, 6, 5, dtype=torch.complex64).conj().imag, torch.randn(3, 6, 7)
+    assert x.is_neg()
+    shape, geometry = (6, 2, 3), ConvGeometry(3, padding=2, groups=3)
+    exact = oracle.weight_grads(x, grad, shape, padding=2, groups=3)
+    if serves(name, "grads", (x, grad, shape, geometry)):
+        grads = weight_grads(x, grad, shape, geometry, name)
+        torch.testing.assert_close(grads.double(), exact, rtol=1e-4, atol=1e-4)
+    if serves(name, "sq_norms", (x, grad, shape, geometry)):
+        norms = weight_grad_sq_norms(x, grad, shape, geometry, name)
+        torch.testing.assert_close(norms.double(), sq_norms_of(exact), rtol=1e-4, atol=1e-4)
+
+
 def test_gram_reports_samples_that_are_not_finite() -> None:
     x, grad = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     x[1, 0, 0, 0] = float("nan")
