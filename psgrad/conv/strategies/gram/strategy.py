@@ -110,7 +110,7 @@ class Gram(Strategy):
             window = p.in_per_group * p.geometry.kernel_positions
             entries = p.rows_per_sample * p.positions * (2 * p.rows_per_sample * p.positions + window)
         else:
-            inputs = prod(p.input_size) if few_positions(p) else largest_phase(p)
+            inputs = prod(p.input_size) if _way(p) == "mapped" else largest_phase(p)
             entries = 2 * p.rows_per_sample**2 * (p.positions**2 + inputs**2)
         return p.groups * entries * accumulation_dtype(p.dtype).itemsize
 
@@ -140,4 +140,14 @@ _WAYS = {
 def _way(problem: WeightGradProblem) -> str:
     if few_overlap(problem):
         return "unfolded"
-    return "mapped" if few_positions(problem) else "shifted"
+    return "mapped" if few_positions(problem) and not _rounds_products(problem) else "shifted"
+
+
+def _rounds_products(problem: WeightGradProblem) -> bool:
+    """Whether matrix products may be of rounded operands (TF32, bfloat16), as PyTorch can be set to.
+
+    D and S of rounded x and grad are those of one and the same gradient. But a map's operand is R itself, and
+    where D S cancels, an R that is rounded gives another norm: with bfloat16 by up to a tenth.
+    """
+    backend = torch.backends.cuda if problem.device.type == "cuda" else torch.backends.mkldnn
+    return problem.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")
