@@ -109,7 +109,7 @@ def weight_grads(
     if live is None:
         return resolve(strategy, problem, "grads").grads(x, grad_output, problem)
     grads = resolve(strategy, live.problem, "grads").grads(live.crop(x), grad_output, live.problem)
-    return live.embed(grads)
+    return live.embed(grads).contiguous()  # which axes of one element may not be: they pass for channels last
 
 
 @_verb

@@ -164,3 +164,12 @@ def test_one_output_position_is_a_matrix_product_for_every_group() -> None:
     out = torch.conv2d(x, weight, padding=3, groups=3)
     (expected,) = torch.autograd.grad(out, weight, grad * factors.reshape(-1, 1, 1, 1))
     torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_are_contiguous_with_the_zeros_around_them():
+    """Axes of one element pass for channels last, which padding keeps."""
+    x = torch.randn(3, 3, 3, 1).expand(-1, -1, -1, 3)
+    grad = torch.randn(3, 1, 3, 3).permute(3, 0, 1, 2)
+    geometry = ConvGeometry((2, 1), 3, (1, 2), 3, groups=3)
+    grads = weight_grads(x, grad, (3, 1, 2, 1), geometry, "correlate", rows_per_sample=3)
+    assert grads.is_contiguous()
