@@ -40,13 +40,20 @@ class Processor(NamedTuple):
 def processor() -> Processor:
     """Return the CPU of this machine."""
     found: dict[str, str] = {}
-    for line in CPUINFO.read_text().splitlines() if CPUINFO.exists() else ():
+    for line in _cpuinfo().splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())
     name = found.get("model name") or platform.processor() or "unknown"
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     instructions = torch.backends.cpu.get_cpu_capability()
     return Processor(found.get("vendor_id", ""), name, ", ".join(numbers), instructions)
+
+
+def _cpuinfo() -> str:
+    try:
+        return CPUINFO.read_text(errors="replace")
+    except OSError:  # not Linux, or a sandbox that hides it
+        return ""
 
 
 def short_vectors() -> bool:

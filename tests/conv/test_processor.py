@@ -53,3 +53,17 @@ def test_a_system_that_does_not_tell(machine, monkeypatch, tmp_path):
     processor.cache_clear()
     assert processor().name
     assert processor() == Processor("", processor().name, "", "AVX2")
+
+
+def test_a_system_that_will_not_tell(machine, monkeypatch, tmp_path):
+    machine(26, "AVX512")
+    monkeypatch.setattr(module, "CPUINFO", tmp_path)  # a folder: not to be read by root either
+    processor.cache_clear()
+    assert processor().vendor == ""
+
+
+def test_a_name_in_another_encoding(machine, tmp_path):
+    machine(26, "AVX512")
+    (tmp_path / "cpuinfo").write_bytes(b"vendor_id\t: AuthenticAMD\nmodel name\t: \xa9 9000\n")
+    assert processor().vendor == "AuthenticAMD"
+    assert processor().name.endswith(" 9000")
