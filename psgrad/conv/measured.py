@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,9 @@ __all__ = ["cache_file", "measure"]
 SCHEMA = 1
 """Of the file; one with another number is not read."""
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading a file may raise that is corrupt, or of another schema."""
+
 ROUNDS = (3, 40)
 """At least and at most so many, of short problems as many as fit into `SECONDS`."""
 SECONDS = 0.05
@@ -38,12 +42,22 @@ WORTH_TIMING = 8.0
 
 
 def cache_file() -> Path:
-    """Return where choices are kept: `$PSGRAD_CACHE`, else `~/.cache/psgrad` (`$XDG_CACHE_HOME`)."""
+    """Return where choices are kept: `$PSGRAD_CACHE`, else `~/.cache/psgrad` (`$XDG_CACHE_HOME`).
+
+    A user without a home, as in some containers, has the system's folder for temporary files.
+    """
     root = os.environ.get("PSGRAD_CACHE")
     if root is None:
         base = os.environ.get("XDG_CACHE_HOME")
-        root = str((Path(base) if base else Path.home() / ".cache") / "psgrad")
+        root = str((Path(base) if base else _own_folder()) / "psgrad")
     return Path(root) / "measured.json"
+
+
+def _own_folder() -> Path:
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def measure(problem: WeightGradProblem, verb: Verb) -> Plan:
@@ -180,7 +194,7 @@ class _Choices:
             return found
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        except UNREADABLE as err:
             warnings.warn(f"{path} is passed over: {err}", stacklevel=2)
             return {}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from psgrad.conv.half import is_emulated
-from psgrad.conv.measured import _machine, cache_file
+from psgrad.conv.measured import UNREADABLE, _machine, cache_file
 from psgrad.conv.planner import DeviceRates
 
 __all__ = ["device_rates", "measure_rates", "rates_file"]
@@ -107,7 +107,7 @@ def _read(path: Path) -> dict[str, DeviceRates]:
         return {str(key): _rates(entry) for key, entry in content["rates"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except UNREADABLE as err:
         warnings.warn(f"{path} is passed over: {err!r}", stacklevel=3)
         return {}
 

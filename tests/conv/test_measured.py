@@ -1,6 +1,8 @@
 """Measured choices: timed once, remembered, and never in the way."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +66,17 @@ def test_results_are_those_of_the_loop():
     torch.testing.assert_close(weight_grads(x, grad, *rest, "measure"), expected)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 0, "seconds": {}}', '{"schema": 1}'])
+CORRUPT = [
+    "{",
+    "[]",
+    "[" * 10_000,
+    '{"schema": 0, "seconds": {}}',
+    '{"schema": 1}',
+    '{"schema": 1, "seconds": {"problem": {"loop": 1' + "0" * 400 + "}}}",
+]
+
+
+@pytest.mark.parametrize("content", CORRUPT, ids=lambda content: content[:50])
 def test_a_file_that_is_corrupt_or_stale_is_passed_over(empty_cache, timings, content):
     empty_cache.write_text(content)
     with pytest.warns(UserWarning, match="passed over"):
@@ -79,6 +91,20 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, timi
         weight_grads(*ARGUMENTS, "measure")
     weight_grads(*ARGUMENTS, "measure")
     assert timings == ["grads"]  # remembered by this process
+
+
+def test_a_user_without_a_home(monkeypatch, timings, tmp_path):
+    for name in ("PSGRAD_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    weight_grads(*ARGUMENTS, "measure")
+    assert timings == ["grads"]
+    assert (tmp_path / "psgrad" / "measured.json").exists()
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_choice_that_no_longer_exists_is_timed_again(empty_cache, timings, monkeypatch):

@@ -59,11 +59,14 @@ def test_other_threads_are_another_machine(measured, monkeypatch):
     [
         "{",
         "[]",
+        "[" * 10_000,
         '{"schema": 0, "rates": {}}',
         '{"schema": 1}',
         '{"schema": 1, "rates": {"here": {"flops": 1, "bytes": 1}}}',
         '{"schema": 1, "rates": {"here": {"flops": 0, "bytes": 1, "call": 1}}}',
+        '{"schema": 1, "rates": {"here": {"flops": 1' + "0" * 400 + ', "bytes": 1, "call": 1}}}',
     ],
+    ids=lambda content: content[:50],
 )
 def test_a_file_that_is_corrupt_or_stale_is_passed_over(empty_cache, measured, content):
     empty_cache.write_text(content)
