@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
+from operator import index
 from typing import TypeVar
 
 from torch import nn
@@ -72,8 +73,6 @@ class ConvGeometry(HashedOnce):
     ) -> None:
         kernel = None if kernel_size is None else _ints("kernel_size", kernel_size, least=1)
         dilations = _ints("dilation", dilation, least=1)
-        if groups < 1:
-            raise ShapeError(f"groups must be at least 1, got {groups}")
         fields = {
             "kernel_size": kernel,
             "stride": _ints("stride", stride, least=1),
@@ -81,7 +80,7 @@ class ConvGeometry(HashedOnce):
             "dilation": dilations,
             "transposed": bool(transposed),
             "output_padding": _ints("output_padding", output_padding, least=0),
-            "groups": int(groups),
+            "groups": _ints("groups", (groups,), least=1)[0],
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -222,7 +221,10 @@ _geometry = lru_cache(maxsize=1024)(ConvGeometry)
 
 
 def _ints(name: str, value: IntOrInts, *, least: int) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+    try:
+        numbers = tuple(map(index, value if isinstance(value, Iterable) else (value,)))
+    except TypeError:
+        raise ShapeError(f"{name} takes whole numbers, got {value!r}") from None
     if not numbers or min(numbers) < least:
         raise ShapeError(f"{name} must be at least {least} on every axis, got {value}")
     return numbers
@@ -246,13 +248,12 @@ def _padding(
             for k, d in zip(_broadcast("", kernel, rank), _broadcast("", dilation, rank), strict=True)
         ]
         return tuple((total // 2, total - total // 2) for total in totals)
-    pairs = tuple(
-        (int(p), int(p)) if isinstance(p, int) else (int(p[0]), int(p[1]))
-        for p in ((padding,) if isinstance(padding, int) else padding)
-    )
-    if not pairs or min(min(pair) for pair in pairs) < 0:
-        raise ShapeError(f"padding must be at least 0 on every axis, got {padding}")
-    return pairs
+    ends = [
+        _ints("padding", end, least=0) for end in (padding if isinstance(padding, Iterable) else (padding,))
+    ]
+    if not ends or max(map(len, ends)) > 2:
+        raise ShapeError(f"padding is an int or a pair (before, after) for every axis, got {padding}")
+    return tuple((end[0], end[-1]) for end in ends)
 
 
 def _broadcast(name: str, value: tuple[_T, ...], rank: int) -> tuple[_T, ...]:

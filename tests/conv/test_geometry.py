@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,12 @@ def test_geometry_is_a_frozen_value() -> None:
         ({"kernel_size": 3, "padding": "full"}, "full"),
         ({"padding": "same"}, "kernel_size"),
         ({"kernel_size": 3, "padding": "same", "transposed": True}, "same"),
+        ({"kernel_size": 3, "padding": ((1, 2, 3),)}, "pair.*(1, 2, 3)"),
+        ({"kernel_size": 3, "padding": ((0.5, 1),)}, "padding.*whole.*0.5"),
+        ({"kernel_size": 3, "stride": (1.5, 2)}, "stride.*whole.*1.5"),
+        ({"kernel_size": 3, "stride": 1.5}, "stride.*whole.*1.5"),
         ({"kernel_size": 3, "groups": 0}, "groups.*0"),
+        ({"kernel_size": 3, "groups": 2.7}, "groups.*whole.*2.7"),
         ({"kernel_size": 3, "output_padding": 1}, "transposed"),
         ({"kernel_size": (3, 3), "stride": (1, 1, 1)}, "spatial axes"),
         ({"kernel_size": (3, 3), "padding": (1, 1, 1)}, "spatial axes"),
@@ -123,6 +129,12 @@ def test_bad_arguments_raise(arguments: dict, words: str) -> None:
         ConvGeometry(**arguments)
     assert isinstance(caught.value, PsgradError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_numbers_of_other_libraries() -> None:
+    two = np.int64(2)
+    geometry = ConvGeometry(two, (two, two), two, torch.tensor([2, 2]), groups=two)
+    assert geometry == ConvGeometry(2, (2, 2), 2, (2, 2), groups=2)
 
 
 def test_bad_use_raises() -> None:
