@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader
 from psgrad.clipping import ClippingStyle, PerLayer, as_style
 from psgrad.errors import ConfigError, RefusedModelError
 
-__all__ = ["MaxGradNorm", "expected_batch_size", "refuse_closures", "refuse_distributed", "style_of"]
+__all__ = [
+    "MaxGradNorm",
+    "expected_batch_size",
+    "refuse_closures",
+    "refuse_distributed",
+    "refuse_half_precision",
+    "style_of",
+]
 
 MaxGradNorm = float | Sequence[float] | ClippingStyle
 
@@ -86,4 +93,22 @@ def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError(
             f"{type(optimizer).__name__} computes the loss several times in a step, each time on private "
             "data that the accountant would not count: use an optimizer whose step() needs no closure"
+        )
+
+
+def refuse_half_precision(trainable: Mapping[str, nn.Parameter]) -> None:
+    """Raise where a clipped sum is rounded before there is noise, by more than what a sample may change it by.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first such parameter.
+
+    """
+    half = [name for name, p in trainable.items() if p.dtype.itemsize < 4]
+    if half:
+        raise ConfigError(
+            f"{half[0]!r} ({len(half)} of {len(trainable)} parameters) is of half precision, in which one "
+            "sample changes the clipped sum by more than the bound that noise is scaled to: keep parameters "
+            "in float32, and run the model under bfloat16 autocast"
         )

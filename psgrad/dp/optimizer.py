@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.clipping import ClipPerSample
 from psgrad.dp.accounting import load_spent
-from psgrad.dp.arguments import refuse_closures
+from psgrad.dp.arguments import refuse_closures, refuse_half_precision
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
 from psgrad.errors import ConfigError
 
@@ -87,6 +87,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.parameters: list[nn.Parameter] = list(clip.trainable.values())
         refuse_closures(optimizer)
+        refuse_half_precision(clip.trainable)
         self._check_clipped()
         for p in self.parameters:
             p.grad = None  # what was not clipped; nor may it be mistaken for what will be
