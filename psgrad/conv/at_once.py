@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from psgrad.conv.constants import as_it_is
 from psgrad.conv.live import live_kernel
 from psgrad.conv.planner import choose, seconds_of
 from psgrad.conv.problem import WeightGradProblem
@@ -60,5 +61,6 @@ def _read_again(cost: Cost, problem: WeightGradProblem) -> Cost:
 
 
 @lru_cache(maxsize=16)
+@as_it_is
 def _ones(samples: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(samples, dtype=dtype, device=device)

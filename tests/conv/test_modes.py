@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psgrad.conv import (
     ConvGeometry,
+    at_once,
     weight_grad_sq_norms,
     weight_grad_sq_norms_and_sum,
     weight_grads,
@@ -19,7 +20,7 @@ from psgrad.conv.strategies.gram import mapped
 from psgrad.errors import StrategyError
 
 GEOMETRY = ConvGeometry((3, 3), padding=1)
-LAYERS = {"by chunks": (3, 5, 8), "by Gram matrices": (64, 64, 2)}
+LAYERS = {"by chunks": (3, 5, 8), "of large maps": (3, 8, 16), "by Gram matrices": (64, 64, 2)}
 
 
 def operands(layer):
@@ -75,15 +76,22 @@ def test_autocast_does_not_reach_into_a_strategy(strategy):
         torch.testing.assert_close(result, right)
 
 
-def test_after_fake_tensors():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_after_fake_tensors(layer, monkeypatch):
+    monkeypatch.setattr(at_once, "at_once", lambda problem: None)  # norms and sum are each on their own
     mapped._meets.cache_clear()
     mapped._matrix.cache_clear()
     mapped.few_positions.cache_clear()
-    x, grad, *shape = operands("by Gram matrices")
-    with FakeTensorMode() as mode, contextlib.suppress(Exception):  # no values, no norms
-        weight_grad_sq_norms(mode.from_tensor(x), mode.from_tensor(grad), *shape)
-    expected = weight_grads(x, grad, *shape).flatten(1).square().sum(1)
-    torch.testing.assert_close(weight_grad_sq_norms(x, grad, *shape), expected)
+    at_once._ones.cache_clear()
+    x, grad, *shape = operands(layer)
+    for compute in (weight_grad_sq_norms, weight_grad_sq_norms_and_sum):
+        with FakeTensorMode() as mode, contextlib.suppress(Exception):  # no values, no norms
+            compute(mode.from_tensor(x), mode.from_tensor(grad), *shape)
+    expected = weight_grads(x, grad, *shape)
+    norms, total = weight_grad_sq_norms_and_sum(x, grad, *shape)
+    torch.testing.assert_close(total, expected.sum(0), rtol=1e-4, atol=1e-4)
+    for found in (norms, weight_grad_sq_norms(x, grad, *shape)):
+        torch.testing.assert_close(found, expected.flatten(1).square().sum(1))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

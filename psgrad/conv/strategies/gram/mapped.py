@@ -10,21 +10,17 @@ call to BLAS where shifting is a dozen of copies; padding and stride are in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache
 from math import prod
-from typing import ParamSpec
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from psgrad.conv.constants import as_it_is
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.gram.positions import positions_gram
 
 __all__ = ["few_positions", "map_cost", "mapped"]
-
-P = ParamSpec("P")
 
 AXIS_ENTRIES = 64**2
 """Largest matrix of one axis, `(T U)^2`: beyond, shifting moves less than this multiplies."""
@@ -95,17 +91,6 @@ def _axis_by_axis(gram: Tensor, problem: WeightGradProblem) -> Tensor:
     return s.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
 
 
-def _as_it_is(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Make a constant that is kept: of values, whatever mode is on when it is asked for first."""
-
-    @wraps(make)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-            return make(*args, **kwargs)
-
-    return made
-
-
 Axis = tuple[int, int, int, int, int, int]
 """Kernel, stride, dilation, padding before, input size, output size."""
 
@@ -123,7 +108,7 @@ def _axes(problem: WeightGradProblem) -> tuple[Axis, ...]:
 
 
 @lru_cache(maxsize=256)
-@_as_it_is
+@as_it_is
 def _matrix(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """M over these axes together, transposed: `[U^2, T^2]`."""
     meets = _meets(axes).to(dtype)
@@ -132,7 +117,7 @@ def _matrix(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=256)
-@_as_it_is
+@as_it_is
 def _meets(axes: tuple[Axis, ...]) -> Tensor:
     """A over these axes together: bool `[k, T, U]`."""
     meets = torch.ones(1, 1, 1, dtype=torch.bool)
