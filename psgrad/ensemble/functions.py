@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from psgrad.ensemble.layers import Computed, draw_dropout
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.ensemble.value import Layout, Value
 
-__all__ = ["FUNCTION_RULES", "IN_PLACE", "MEMBER_FACTS", "METHOD_RULES"]
+__all__ = ["FUNCTION_RULES", "IN_PLACE", "METHOD_RULES", "is_fact"]
 
 Rule = Callable[..., Computed | str]
 """From the random streams and the function's own arguments."""
@@ -155,6 +155,7 @@ _ELEMENTWISE: tuple[Callable[..., Any], ...] = (
 _IN_PLACE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: torch.add,
     operator.imul: torch.mul,
+    operator.ipow: torch.pow,
     operator.isub: torch.sub,
     operator.itruediv: torch.div,
     torch.relu_: torch.relu,
@@ -211,7 +212,15 @@ METHOD_RULES: dict[str, Rule] = {
 IN_PLACE: frozenset[Any] = frozenset({*_IN_PLACE_FUNCTIONS, *_IN_PLACE_METHODS})
 """Functions and methods with a rule that change their first argument."""
 
-MEMBER_FACTS: frozenset[str] = frozenset(
-    {"size", "dim", "numel", "ndimension", "nelement", "is_floating_point", "get_device"}
-)
-"""Methods that return no tensor and do not depend on values."""
+_FACTS: dict[str, frozenset[str]] = {
+    "call_method": frozenset(
+        {"size", "dim", "numel", "ndimension", "nelement", "is_floating_point", "get_device"}
+    ),
+    "call_function": frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}),
+}
+
+
+def is_fact(node: fx.Node) -> bool:
+    """Whether the node returns no tensor, and depends on no value of one."""
+    name = node.args[1] if node.target is getattr else node.target
+    return name in _FACTS.get(node.op, ())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from psgrad.ensemble.functions import FUNCTION_RULES, MEMBER_FACTS, METHOD_RULES
+from psgrad.ensemble.functions import FUNCTION_RULES, METHOD_RULES, is_fact
 from psgrad.ensemble.layers import MODULE_RULES, Computed
 from psgrad.ensemble.loop import call_members, loop_members
 from psgrad.ensemble.plan import Step
@@ -73,24 +73,22 @@ class FoldedGraph:
             elif node.op == "output":
                 return tree_map(_stacked, _filled(node.args[0], values))
             else:
-                result = self._compute(node, values, randomness, layers)
-                values[node] = result
+                changed = self._changed(node, values)
+                result = values[node] = self._compute(node, values, randomness, layers)
                 if isinstance(result, Value):
                     self._elements += result.shape.numel()
-                if is_in_place(node, self.stacked):
-                    self._rename(node, result, values)
+                if changed is not None:  # every name of that tensor gets the new value
+                    values.update({name: result for name, value in values.items() if value is changed})
             for done in self._last_use.get(node, ()):
                 values.pop(done, None)
         return None
 
-    def _rename(self, node: fx.Node, result: Any, values: dict[fx.Node, Any]) -> None:
-        """Give every name of the tensor that an in-place node changed the new value."""
-        while isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            if node in values:
-                values[node] = result
-            if node.op in ("placeholder", "get_attr") or not is_in_place(node, self.stacked):
-                return
+    def _changed(self, node: fx.Node, values: dict[fx.Node, Any]) -> Value | Tensor | None:
+        """What the node changes in place; None if nothing, or what is no tensor (`n += 1`)."""
+        if not is_in_place(node, self.stacked):
+            return None
+        changed = values[node.args[0]]  # type: ignore[index]  # seen to when it was traced
+        return changed if isinstance(changed, Value | Tensor) else None
 
     def _compute(
         self,
@@ -113,7 +111,7 @@ class FoldedGraph:
                 return self._noted(node, type(module).__name__, computed)
             return self._one_by_one(node, type(module).__name__, module, args, kwargs, computed, randomness)
         function = _function(node)
-        if not leaves or _is_fact(node):
+        if not leaves or is_fact(node):
             args, kwargs = tree_map(_first_part, (args, kwargs))
             return function(*args, **kwargs)
         table: dict[Any, Callable[..., Computed | str]] = (
@@ -205,13 +203,6 @@ def _function(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_function":
         return node.target  # type: ignore[return-value]  # a name
     return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
-
-
-def _is_fact(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in MEMBER_FACTS
-    facts = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
-    return node.target is getattr and node.args[1] in facts
 
 
 def _filled(arguments: Any, values: dict[fx.Node, Any]) -> Any:

@@ -7,13 +7,14 @@ tracing, which would become a constant of the graph, fails there instead of bein
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+import operator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from psgrad.ensemble.functions import IN_PLACE
+from psgrad.ensemble.functions import IN_PLACE, is_fact
 from psgrad.ensemble.members import tensors_of
 from psgrad.ensemble.randomness import GlobalStates
 
@@ -73,12 +74,37 @@ def _plain(value: Any) -> Hashable:
     return None
 
 
+class _Proxy(fx.Proxy):
+    """Keeps `x += y`, which fx's own takes for `x = x + y`: other names of x would not see it."""
+
+
+def _recorded(change: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", change, (self, other), {})
+
+    return method
+
+
+_OPERATORS = frozenset(
+    {
+        "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
+        "itruediv", "ixor",
+    }
+)  # fmt: skip  # one a line is a page
+
+for _name in _OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Stops where gradients or autocast are switched inside of forward, which a graph does not hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self._switches = _switches()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _switches() != self._switches:
@@ -169,14 +195,6 @@ def _looks_in_place(name: str) -> bool:
     return (name.endswith("_") and not dunder) or name in _OPERATORS or name in ("setitem", "__setitem__")
 
 
-_OPERATORS = frozenset(
-    {
-        "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior",
-        "ipow", "irshift", "isub", "itruediv", "ixor",
-    }
-)  # fmt: skip  # one a line is a page
-
-
 def _same_object(node: fx.Node, member: nn.Module) -> set[fx.Node]:
     """Nodes that are the same tensor: chains of in-place changes."""
     same, pending = {node}, [node]
@@ -199,19 +217,23 @@ def _related(node: fx.Node, member: nn.Module) -> set[fx.Node]:
     related, pending = {node}, [node]
     while pending:
         current = pending.pop()
-        near = [] if _is_fresh(current, member) else list(current.all_input_nodes)
-        near += [user for user in current.users if not _is_fresh(user, member)]
+        near = [*_sources(current, member), *(u for u in current.users if current in _sources(u, member))]
         pending += [other for other in near if other not in related]
         related.update(near)
     return related
 
 
+def _sources(node: fx.Node, member: nn.Module) -> list[fx.Node]:
+    """Inputs that the node's result may share storage with."""
+    if node.op != "output" and is_in_place(node, member):
+        return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
+    return [] if _is_fresh(node, member) else node.all_input_nodes
+
+
 def _is_fresh(node: fx.Node, member: nn.Module) -> bool:
-    """Whether the node makes a tensor that shares storage with none of its inputs."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    """Whether the node, not in place, makes a tensor that shares storage with none of its inputs."""
+    if node.op in ("placeholder", "get_attr", "output") or is_fact(node):
         return True
-    if is_in_place(node, member):
-        return False
     if node.op == "call_module":
         fresh = nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
         module = member.get_submodule(node.target)  # type: ignore[arg-type]  # a path

@@ -1,0 +1,83 @@
+"""What a graph of `torch.fx` leaves out of a forward pass, and members' folded run must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from psgrad.ensemble import Ensemble
+
+
+class Member(nn.Module):
+    """Computes what it is told behind two layers, of which one counts for nothing at first."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.zeros(4))
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, self.first(x))
+
+
+def assert_as_alone(ens: Ensemble, x: Tensor) -> None:
+    alone = torch.stack([ens.member(k)(x) for k in range(ens.members)])
+    torch.testing.assert_close(ens(x), alone, rtol=1e-10, atol=1e-12)
+
+
+def _aliased(self: Any, h: Tensor) -> Tensor:
+    other = h
+    other += self.gain * self.second(h)
+    return h + other
+
+
+def _aliased_before(self: Any, h: Tensor) -> Tensor:
+    other = h
+    other += 1
+    h *= self.gain + 1
+    return h + other
+
+
+def _viewed(self: Any, h: Tensor) -> Tensor:
+    part = h[:, 1:]
+    part -= self.gain[1:]
+    return h * 2
+
+
+def _without_rule(self: Any, h: Tensor) -> Tensor:
+    other = h
+    other //= self.gain + 1
+    return h + other
+
+
+def _number(self: Any, h: Tensor) -> Tensor:
+    n = h.shape[1]
+    m = n
+    n += 1
+    return h * n + self.gain * m
+
+
+@pytest.mark.parametrize("compute", [_aliased, _aliased_before, _viewed, _without_rule, _number])
+@torch.no_grad()
+def test_an_in_place_operator_reaches_every_name(compute: Any) -> None:
+    ens = Ensemble.from_factory(lambda: Member(compute).double(), range(3), strategy="folded")
+    x = torch.randn(5, 4, dtype=torch.float64)
+    assert_as_alone(ens, x)
+    for parameter in ens.parameters():
+        parameter.normal_()
+    assert_as_alone(ens, x)
+
+
+def test_an_in_place_sum_of_a_residual_block_folds() -> None:
+    def block(self: Any, h: Tensor) -> Tensor:
+        out = self.second(h)
+        out += h
+        return out.relu()
+
+    ens = Ensemble.from_factory(lambda: Member(block), range(3), strategy="folded")
+    assert ens.plan(torch.randn(5, 4)).refusal is None
