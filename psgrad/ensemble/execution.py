@@ -80,7 +80,7 @@ class Execution:
         """
         if members == 1 and self.strategy != "folded":
             return "asked for" if self.strategy == "loop" else "one member: there is nothing to fold"
-        return self._refusal(self._key(inputs, members), inputs, own, members, most)
+        return self._refusal(self._key(inputs, own, members), inputs, own, members, most)
 
     def _refusal(
         self, key: Hashable, inputs: Sequence[Any], own: bool, members: int, most: int | None
@@ -112,7 +112,7 @@ class Execution:
     ) -> FoldedGraph | str:
         """The graph by which these inputs run captured, or why they do not; a new one is run and checked."""
         why = self.settled(inputs, own, members, randomness, _CAPTURED_ELEMENTS)
-        return self._graphs[self._key(inputs, members)] if why is None else why
+        return self._graphs[self._key(inputs, own, members)] if why is None else why
 
     def settled(
         self,
@@ -125,7 +125,7 @@ class Execution:
         """As `refusal`, after a new graph is run and checked, without a trace."""
         if members == 1 and self.strategy != "folded":
             return self.refusal(inputs, own, members)
-        key = self._key(inputs, members)
+        key = self._key(inputs, own, members)
         why = self._refusal(key, inputs, own, members, most)
         if why is None and key not in self._measures:
             with without_trace(self.stacked, randomness):
@@ -154,7 +154,7 @@ class Execution:
         why = self.refusal(inputs, own, members)
         if why is not None:
             return self._loop(inputs, own, members, randomness, why)
-        key = self._key(inputs, members)
+        key = self._key(inputs, own, members)
         if key not in self._measures:
             found, result = self._first(key, inputs, own, members, randomness)
             return result if found is None else self._loop(inputs, own, members, randomness, found)
@@ -162,11 +162,11 @@ class Execution:
         assert isinstance(folded, FoldedGraph)
         return self.run_folded(folded, values, randomness, None)
 
-    def _key(self, inputs: Sequence[Any], members: int) -> Hashable:
-        kinds = tuple(map(type, inputs))
+    def _key(self, inputs: Sequence[Any], own: bool, members: int) -> Hashable:
+        """What a graph, and that it was found right, depends on."""
         if self.strategy == "loop":  # there is no graph
-            return kinds, members, torch.is_grad_enabled(), self.stacked.training
-        return kinds, members, trace_key(self.stacked)
+            return tuple(map(type, inputs)), members, torch.is_grad_enabled(), self.stacked.training
+        return tuple(map(_kind, inputs)), own, members, trace_key(self.stacked)
 
     def _first(
         self,
@@ -246,6 +246,12 @@ class Execution:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Execution, (self.stacked, self.strategy)
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return type(value), value.ndim, value.dtype, value.requires_grad
+    return (type(value),)
 
 
 def _elements(values: Sequence[Value]) -> int:

@@ -46,10 +46,11 @@ _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
 
 
 def trace_key(stacked: nn.Module) -> Hashable:
-    """What the graph of a module depends on besides its inputs: modes, hooks, and the user's own settings."""
+    """What the graph of a module depends on besides its inputs: modes, hooks, what is trained, settings."""
     key: list[Any] = [_switches()]
     for module in stacked.modules():
-        key.append((module.training, _has_hooks(module)))
+        trained = [p is not None and p.requires_grad for p in module._parameters.values()]
+        key.append((module.training, _has_hooks(module), *trained))
         if not type(module).__module__.startswith("torch.nn."):
             key += [
                 (name, value if isinstance(value, _SCALARS) else _plain(value))

@@ -81,3 +81,28 @@ def test_an_in_place_sum_of_a_residual_block_folds() -> None:
 
     ens = Ensemble.from_factory(lambda: Member(block), range(3), strategy="folded")
     assert ens.plan(torch.randn(5, 4)).refusal is None
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_an_image_without_a_batch_axis_is_normalised_as_alone(affine: bool) -> None:
+    ens = Ensemble.from_factory(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=affine)).double(),
+        range(3),
+        strategy="folded",
+    )
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    assert_as_alone(ens, x)
+    assert_as_alone(ens, x[0])
+    ens(x)
+    assert ens.execution.last_plan is not None
+    assert ens.execution.last_plan.refusal is None
+
+
+def test_an_axis_that_an_input_of_lower_rank_lacks_is_refused_as_alone() -> None:
+    ens = Ensemble.from_factory(
+        lambda: Member(lambda self, h: self.second(h).mean(2)), range(3), strategy="folded"
+    )
+    x = torch.randn(5, 6, 4)
+    ens(x)
+    with pytest.raises(IndexError, match="out of range"):
+        ens(x[0])
