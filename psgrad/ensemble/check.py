@@ -1,7 +1,8 @@
 """The first run of every graph, against members that run alone: outputs, buffers and gradients.
 
 A graph can differ from what it was traced from in ways that tracing does not show (an `isinstance` that a
-proxy fails). It is used only after the first and the last member have been found to agree with it.
+proxy fails). It is used only after the first and the last member have been found to agree with it, and to
+have no backward pass of their own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten
 
 from psgrad.ensemble.members import member_of
 from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.graph import nodes_of
 
 __all__ = ["check_against_alone"]
 
@@ -70,6 +73,9 @@ def check_against_alone(
         for (name, after), buffer in zip(member.named_buffers(), stacked.buffers(), strict=True):
             if _differs(buffer[k], after):
                 return f"folded, the buffer {name} of member {k} differs from the member alone"
+        # agreeing on one gradient is not enough: it may clip, or count how often it runs
+        if any(isinstance(node, BackwardCFunction) for node in nodes_of(expected)):
+            return "forward uses a torch.autograd.Function, whose backward a graph does not hold"
         found = _gradients_differ(stacked, member, outputs, expected, k)
         if found:
             return found

@@ -106,3 +106,30 @@ def test_an_axis_that_an_input_of_lower_rank_lacks_is_refused_as_alone() -> None
     ens(x)
     with pytest.raises(IndexError, match="out of range"):
         ens(x[0])
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-20, 20)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_backward_pass_of_the_members_own_is_run(trained: bool) -> None:
+    def build() -> nn.Module:
+        member = Member(lambda self, h: self.second(_Clipped.apply(h)))
+        return member.double().requires_grad_(trained)
+
+    ens = Ensemble.from_factory(build, range(3), strategy="folded")
+    x = torch.randn(5, 4, dtype=torch.float64)
+    ens(x)
+    x.requires_grad_()
+    (100 * ens(x)).sum().backward()
+    found, x.grad = x.grad, None
+    for k in range(3):
+        (100 * ens.member(k)(x)).sum().backward()
+    torch.testing.assert_close(found, x.grad)
