@@ -133,3 +133,19 @@ def test_a_backward_pass_of_the_members_own_is_run(trained: bool) -> None:
     for k in range(3):
         (100 * ens.member(k)(x)).sum().backward()
     torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.parametrize("draw", [lambda h: torch.randn(h.shape), lambda h: h[torch.randperm(h.shape[0])]])
+def test_small_noise_drawn_from_a_shape_is_every_members_own(draw: Any) -> None:
+    def build() -> nn.Module:
+        return Member(lambda self, h: h + 1e-3 * draw(h))
+
+    ens = Ensemble.from_factory(build, range(3), strategy="folded")
+    x, state = torch.randn(6, 4), torch.get_rng_state()
+    found = torch.stack([ens(x), ens(x)], 1)
+    assert torch.equal(state, torch.get_rng_state())
+    for k in range(3):
+        torch.manual_seed(k)
+        member = build()
+        torch.testing.assert_close(found[k], torch.stack([member(x), member(x)]), rtol=1e-5, atol=1e-6)
+    torch.set_rng_state(state)
