@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Hashable
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from psgrad.ensemble.functions import IN_PLACE, is_fact
 from psgrad.ensemble.members import tensors_of
@@ -48,31 +49,43 @@ _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
 def trace_key(stacked: nn.Module) -> Hashable:
     """What the graph of a module depends on besides its inputs: modes, hooks, what is trained, settings."""
     key: list[Any] = [_switches()]
+    seen: set[int] = set()
     for module in stacked.modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
         key.append((module.training, _has_hooks(module), *trained))
         if not type(module).__module__.startswith("torch.nn."):
             key += [
-                (name, value if isinstance(value, _SCALARS) else _plain(value))
+                (name, value if isinstance(value, _SCALARS) else _plain(value, seen))
                 for name, value in vars(module).items()
-                if isinstance(value, _SETTINGS) and name not in _EVERY_MODULES
+                if name not in _EVERY_MODULES
             ]
     return tuple(key)
 
 
-_SCALARS = (bool, int, float, str)
-_SETTINGS = (*_SCALARS, dict, list, tuple)
+_SCALARS = (bool, int, float, str, type(None))
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 _MOST = 1000  # what a longer container holds is looked at no more: it would cost every step
+_DEEPEST = 3  # objects in objects
 
 
-def _plain(value: Any) -> Hashable:
-    """What the settings in a container are; of anything else nothing."""
+def _plain(value: Any, seen: set[int], depth: int = 1) -> Hashable:
+    """What a setting consists of, the first time that it is seen: containers, objects, what is itself."""
     if isinstance(value, _SCALARS):
         return value
-    if isinstance(value, dict | list | tuple) and len(value) <= _MOST:
-        return tuple(map(_plain, [*value, *value.values()] if isinstance(value, dict) else value))
-    return None
+    if isinstance(value, nn.Module | Tensor) or id(value) in seen:
+        return None
+    seen.add(id(value))
+    if isinstance(value, dict | list | tuple | set):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return tuple([_plain(part, seen, depth) for part in parts]) if len(value) <= _MOST else None
+    held: Hashable = None
+    if depth <= _DEEPEST and not isinstance(value, type | ModuleType):
+        held = _plain(getattr(value, "__dict__", None), seen, depth + 1)
+    try:
+        hash(value)
+    except TypeError:  # then it is only what it holds
+        return (held,)
+    return held, value
 
 
 class _Proxy(fx.Proxy):

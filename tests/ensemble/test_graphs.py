@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,3 +153,49 @@ def test_small_noise_drawn_from_a_shape_is_every_members_own(draw: Any) -> None:
         member = build()
         torch.testing.assert_close(found[k], torch.stack([member(x), member(x)]), rtol=1e-5, atol=1e-6)
     torch.set_rng_state(state)
+
+
+class _Kind(enum.Enum):
+    PLAIN = 1
+    DOUBLE = 2
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Has no hash, for all that it is frozen."""
+
+    scales: list[float] = field(default_factory=lambda: [1.0])
+
+
+SETTINGS: dict[str, tuple[Any, Callable[[nn.Module], None], Callable[[Any, Tensor], Tensor]]] = {
+    "object": (SimpleNamespace(by=1.0), lambda m: setattr(m.held, "by", 2.0), lambda v, h: h * v.by),
+    "objects": (
+        [SimpleNamespace(a=SimpleNamespace(by=1.0))],
+        lambda m: setattr(m.held[0].a, "by", 2.0),
+        lambda v, h: h * v[0].a.by,
+    ),
+    "frozen": (_Frozen(), lambda m: m.held.scales.append(2.0), lambda v, h: h * v.scales[-1]),
+    "function": (torch.relu, lambda m: setattr(m, "held", torch.tanh), lambda v, h: v(h)),
+    "enum": (_Kind.PLAIN, lambda m: setattr(m, "held", _Kind.DOUBLE), lambda v, h: h * v.value),
+    "set": ({1}, lambda m: m.held.add(2), lambda v, h: h * len(v)),
+    "number": (np.float32(1), lambda m: setattr(m, "held", np.float32(2)), lambda v, h: h * float(v)),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_setting_that_changes_counts_however_it_is_held(kind: str) -> None:
+    held, change, use = SETTINGS[kind]
+
+    def build() -> nn.Module:
+        member = Member(lambda self, h: use(self.held, h)).double()
+        member.held = held
+        return member
+
+    ens = Ensemble.from_factory(build, range(2), strategy="folded")
+    x = torch.randn(5, 4, dtype=torch.float64)
+    before = ens(x)
+    change(ens.stacked)
+    assert_as_alone(ens, x)
+    assert not torch.equal(ens(x), before)
+    assert ens.execution.last_plan is not None
+    assert ens.execution.last_plan.refusal is None
