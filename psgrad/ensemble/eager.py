@@ -8,7 +8,8 @@ which for K separate scalar losses is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -68,11 +69,10 @@ def eager_losses(
             members = set(leaves)
             others = [leaf for leaf in leaves_of([loss]) if leaf not in members]  # of the user's own
             wanted = [*leaves, *others]
-            found: Sequence[Tensor | None] = (
-                torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
-                if loss.requires_grad
-                else (None,) * len(wanted)
-            )
+            found: Sequence[Tensor | None] = (None,) * len(wanted)
+            if loss.requires_grad:
+                with _outside_autocast():
+                    found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
         gradients.put(k, found[: len(leaves)])
         for other, grad in zip(others, found[len(leaves) :], strict=True):
             if grad is not None:
@@ -83,6 +83,16 @@ def eager_losses(
     kept.keep(gradients.stacked)
     del gradients
     return _Losses.apply(torch.stack(losses), ready, list(foreign.values()), *trained, *foreign)
+
+
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """As `backward` runs, outside of the block: there, what forward computed in float32 would be rounded."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class KeptBlocks:

@@ -218,3 +218,31 @@ def test_large_weights_are_not_folded_and_the_plan_says_so() -> None:
     assert "360,600 parameters a step and member" in str(ens.plan(torch.randn(5, 600)))
     folded = Ensemble.from_factory(lambda: nn.Linear(600, 600), range(2), strategy="folded")
     assert folded.plan(torch.randn(5, 600)).refusal is None
+
+
+class _Island(nn.Module):
+    """Its head is in float32 whatever autocast says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.trunk(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.head(h.float())
+
+
+def test_gradients_under_autocast_are_those_of_a_backward_pass_outside_of_it() -> None:
+    ens = Ensemble.from_factory(_Island, range(2), strategy="loop")
+    x, y = torch.randn(6, 8), torch.randint(3, (6,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = ens.loss(F.cross_entropy, x, y)
+    losses.sum().backward()
+    for k in range(2):
+        member = ens.member(k)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(member(x), y)
+        loss.backward()
+        for stacked, alone in zip(ens.parameters(), member.parameters(), strict=True):
+            assert torch.equal(stacked.grad[k], alone.grad)
