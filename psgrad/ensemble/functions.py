@@ -205,7 +205,9 @@ METHOD_RULES: dict[str, Rule] = {
     "mean": _reduction(torch.mean),
     "sum": _reduction(torch.sum),
     "amax": _reduction(torch.amax),
-    "contiguous": lambda _, x: Computed(x, "folded", "nothing to do"),
+    "contiguous": lambda _, x: Computed(
+        Value(x.tensor.contiguous(), x.layout, x.members), "folded", "a copy where the order is another"
+    ),
 }
 """Rule of every tensor method that has one."""
 

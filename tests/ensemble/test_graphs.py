@@ -87,6 +87,20 @@ def test_an_in_place_sum_of_a_residual_block_folds() -> None:
     assert ens.plan(torch.randn(5, 4)).refusal is None
 
 
+def test_an_input_is_not_changed_by_what_changes_its_contiguous_copy() -> None:
+    ens = Ensemble.from_factory(lambda: nn.Sequential(_Turned(), nn.ReLU(inplace=True)), range(3))
+    x = torch.randn(3, 2, 5, 4)
+    before = x.clone()
+    ens.own(x)
+    assert torch.equal(x, before)
+    assert ens.plan(x, own=True).refusal is None
+
+
+class _Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous()
+
+
 @pytest.mark.parametrize("affine", [False, True])
 def test_an_image_without_a_batch_axis_is_normalised_as_alone(affine: bool) -> None:
     ens = Ensemble.from_factory(
