@@ -91,6 +91,11 @@ def _plain(value: Any, seen: set[int], depth: int = 1) -> Hashable:
 class _Proxy(fx.Proxy):
     """Keeps `x += y`, which fx's own takes for `x = x + y`: other names of x would not see it."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # its own
+            raise RuntimeError(f"forward sets {name} of a tensor")
+        super().__setattr__(name, value)
+
 
 def _recorded(change: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:

@@ -47,6 +47,11 @@ def _aliased_before(self: Any, h: Tensor) -> Tensor:
     return h + other
 
 
+def _set(self: Any, h: Tensor) -> Tensor:
+    h.data = h.data * (1 + self.gain)
+    return h
+
+
 def _viewed(self: Any, h: Tensor) -> Tensor:
     part = h[:, 1:]
     part -= self.gain[1:]
@@ -66,7 +71,7 @@ def _number(self: Any, h: Tensor) -> Tensor:
     return h * n + self.gain * m
 
 
-@pytest.mark.parametrize("compute", [_aliased, _aliased_before, _viewed, _without_rule, _number])
+@pytest.mark.parametrize("compute", [_aliased, _aliased_before, _set, _viewed, _without_rule, _number])
 @torch.no_grad()
 def test_an_in_place_operator_reaches_every_name(compute: Any) -> None:
     ens = Ensemble.from_factory(lambda: Member(compute).double(), range(3), strategy="folded")
