@@ -253,6 +253,8 @@ class Ensemble(nn.Module):
         ------
         ConfigError
             If there is no such link.
+        ShapeError
+            If members do not return one tensor, for "softmax" of two classes at least.
 
         """
         if link not in ("softmax", "identity"):

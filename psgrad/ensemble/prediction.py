@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from psgrad.errors import ShapeError
 
 __all__ = ["Prediction", "predicted_classes", "predicted_values"]
 
@@ -37,18 +40,48 @@ class Prediction:
     mutual_information: Tensor | None
 
 
-def predicted_values(outputs: Tensor) -> Prediction:
-    """Summarise `[K, N, ...]` values of a regression."""
+def predicted_values(outputs: Any) -> Prediction:
+    """Summarise `[K, N, ...]` values of a regression.
+
+    Raises
+    ------
+    ShapeError
+        If they are no tensor.
+
+    """
+    outputs = _tensor(outputs)
     return Prediction(outputs, outputs.mean(0), outputs.var(0, correction=0), None, None)
 
 
-def predicted_classes(logits: Tensor) -> Prediction:
-    """Summarise `[K, N, classes, ...]` logits; the class axis is the third, as the losses have it."""
-    members = logits.softmax(2)
+def predicted_classes(outputs: Any) -> Prediction:
+    """Summarise `[K, N, classes, ...]` logits; the class axis is the third, as the losses have it.
+
+    Raises
+    ------
+    ShapeError
+        If they are no tensor, or not of two classes at least.
+
+    """
+    values = _tensor(outputs)
+    if values.ndim < 3 or values.shape[2] < 2:
+        raise ShapeError(
+            "softmax is of [N, classes, ...] with two classes at least, a member returns"
+            f' {tuple(values.shape[1:])}: say link="identity"; the sigmoid of single logits is yours to take'
+        )
+    members = values.softmax(2)
     mean = members.mean(0)
     entropy = _entropy(mean, 1)
     information = (entropy - _entropy(members, 2).mean(0)).clamp(min=0)
     return Prediction(members, mean, members.var(0, correction=0), entropy, information)
+
+
+def _tensor(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise ShapeError(
+        f"predict summarises one tensor, a member returns a {type(outputs).__name__}: use ens(x), or members"
+        " that return what is predicted"
+    )
 
 
 def _entropy(probabilities: Tensor, dim: int) -> Tensor:

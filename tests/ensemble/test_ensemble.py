@@ -206,6 +206,19 @@ def test_predict_gives_mean_variance_and_where_members_disagree() -> None:
         ens.predict(x, link="probit")
 
 
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (lambda: nn.Linear(4, 1), "two classes at least"),
+        (lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), "two classes at least"),
+        (lambda: nn.LSTM(4, 3), "returns a tuple"),
+    ],
+)
+def test_what_has_no_classes_is_not_predicted_as_certain(member: Callable[[], nn.Module], words: str) -> None:
+    with pytest.raises(ShapeError, match=words):
+        Ensemble.from_factory(member, range(2)).predict(torch.randn(6, 4))
+
+
 def test_the_plan_says_why_and_changes_nothing() -> None:
     ens = Ensemble.from_factory(small, range(2))
     before = {name: value.clone() for name, value in ens.state_dict().items()}
