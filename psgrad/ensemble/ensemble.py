@@ -17,7 +17,7 @@ from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.loop import hold_members
 from psgrad.ensemble.losses import member_losses, stacked_losses
 from psgrad.ensemble.members import kept_members, member_of, stack_members, tensors_of
-from psgrad.ensemble.own import part_of
+from psgrad.ensemble.own import holds_tensors, part_of
 from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
@@ -332,7 +332,7 @@ class Ensemble(nn.Module):
         ConfigError
             If `own` is no bool.
         ShapeError
-            If it is True and a tensor's first axis is not K.
+            If it is True and a tensor's first axis is not K, or something that is no tree holds tensors.
 
         """
         if not isinstance(own, bool):
@@ -341,6 +341,11 @@ class Ensemble(nn.Module):
             return
         members = self.members
         for value in tree_leaves(inputs):
+            if holds_tensors(value):
+                raise ShapeError(
+                    f"a {type(value).__name__} holds tensors of which a member's part cannot be taken: give"
+                    " own data as tensors, in tuples, lists or dicts"
+                )
             if isinstance(value, Tensor) and value.shape[:1] != (members,):
                 raise ShapeError(
                     f"own data of {members} members is [K, N, ...] with K = {members}, got"

@@ -1,9 +1,13 @@
 """Own data in dicts reaches every member also where members are captured."""
 
+from collections import UserDict
+
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from psgrad import clip_per_sample
+from psgrad import ShapeError, clip_per_sample
 from psgrad.ensemble import Ensemble
 
 
@@ -25,3 +29,13 @@ def test_own_trees_of_captured_members():
         member = ensemble.member(k)
         member({"x": x[k]}).square().sum().backward()
         torch.testing.assert_close(ensemble.stacked.layer.weight.grad[k], member.layer.weight.grad)
+
+
+def test_own_data_in_what_is_no_tree_is_refused():
+    ensemble = Ensemble.from_factory(OfDict, range(2))
+    batch = UserDict(x=torch.randn(2, 5, 4))
+    with pytest.raises(ShapeError, match="a UserDict holds tensors"):
+        ensemble.own(batch)
+    with pytest.raises(ShapeError, match="a UserDict holds tensors"):
+        ensemble.loss(F.mse_loss, batch, torch.zeros(2, 5, 3), own=True)
+    assert ensemble(batch).shape == (2, 2, 5, 3)  # shared, members take it as it is
