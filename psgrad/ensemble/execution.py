@@ -106,8 +106,8 @@ class Execution:
             return "asked for"
         if not all(isinstance(value, Tensor) for value in inputs):
             return "an input is no tensor"
-        graph = trace_member(self.stacked, len(inputs))
-        return graph if isinstance(graph, str) else FoldedGraph(self.stacked, graph, members)
+        traced = trace_member(self.stacked, len(inputs))
+        return traced if isinstance(traced, str) else FoldedGraph(self.stacked, *traced, members)
 
     def checked(
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from psgrad.ensemble.functions import FUNCTION_RULES, METHOD_RULES, is_fact
 from psgrad.ensemble.layers import MODULE_RULES, Computed
@@ -24,7 +24,7 @@ RunLayer = Callable[[str, nn.Module, Sequence[Any], Callable[[nn.Module], Comput
 
 
 class FoldedGraph:
-    """A member's graph with the stacked parameters it is run with.
+    """A member's graph, of `trace_member`, with the stacked parameters it is run with.
 
     Attributes
     ----------
@@ -37,9 +37,10 @@ class FoldedGraph:
 
     """
 
-    def __init__(self, stacked: nn.Module, graph: fx.Graph, members: int) -> None:
+    def __init__(self, stacked: nn.Module, graph: fx.Graph, returned: TreeSpec, members: int) -> None:
         self.stacked = stacked
         self.graph = graph
+        self.returned = returned
         self.members = members
         self.steps: list[Step] = []
         self.uneven_channels = _uneven_channels(stacked)
@@ -71,7 +72,8 @@ class FoldedGraph:
             elif node.op == "get_attr":
                 values[node] = Value.stacked(_attribute(self.stacked, node.target))
             elif node.op == "output":
-                return tree_map(_stacked, _filled(node.args[0], values))
+                leaves = [tree_map(_stacked, leaf) for leaf in _filled(node.args[0], values)]
+                return tree_unflatten(leaves, self.returned)
             else:
                 changed = self._changed(node, values)
                 result = values[node] = self._compute(node, values, randomness, layers)

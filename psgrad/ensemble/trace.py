@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from psgrad.ensemble.functions import IN_PLACE, is_fact
 from psgrad.ensemble.members import tensors_of
@@ -25,22 +26,30 @@ _ROOT = "member"
 
 
 class _One(nn.Module):
+    """Returns the leaves of what the member returns: in a graph, dicts and lists are of other types."""
+
+    spec: TreeSpec
+
     def __init__(self, member: nn.Module) -> None:
         super().__init__()
         self.member = member
 
     def forward(self, a: Any) -> Any:
-        return self.member(a)
+        return self._flat(self.member(a))
+
+    def _flat(self, returned: Any) -> list[Any]:
+        leaves, self.spec = tree_flatten(returned)
+        return leaves
 
 
 class _Two(_One):
     def forward(self, a: Any, b: Any) -> Any:  # type: ignore[override]  # by its inputs
-        return self.member(a, b)
+        return self._flat(self.member(a, b))
 
 
 class _Three(_One):
     def forward(self, a: Any, b: Any, c: Any) -> Any:  # type: ignore[override]  # by its inputs
-        return self.member(a, b, c)
+        return self._flat(self.member(a, b, c))
 
 
 _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
@@ -135,10 +144,10 @@ def _switches() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()
 
 
-def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
+def trace_member(stacked: nn.Module, inputs: int) -> tuple[fx.Graph, TreeSpec] | str:
     """Return the graph of a member called with so many tensors, or why it cannot be relied on.
 
-    Module and attribute targets are paths in `stacked`.
+    Module and attribute targets are paths in `stacked`. It returns a list, the leaves of the tree beside it.
     """
     if inputs not in _CALLS:
         return f"a member with {inputs} inputs"
@@ -152,7 +161,8 @@ def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
     before = {path: tensor._version for path, tensor in tensors.items()}
     states = GlobalStates()
     try:
-        graph = _Tracer().trace(_CALLS[inputs](member))
+        called = _CALLS[inputs](member)
+        graph = _Tracer().trace(called)
     except Exception as error:  # whatever the user's forward raises on proxies
         return (
             f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -171,7 +181,7 @@ def trace_member(stacked: nn.Module, inputs: int) -> fx.Graph | str:
             node.target = node.target.removeprefix(_ROOT).removeprefix(".")
         if node.op == "get_attr" and node.target not in names:
             return "forward makes a tensor that depends on no input"
-    return _in_place_refusal(graph, member) or graph
+    return _in_place_refusal(graph, member) or (graph, called.spec)
 
 
 def is_in_place(node: fx.Node, root: nn.Module) -> bool:

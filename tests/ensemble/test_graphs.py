@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -218,3 +219,22 @@ def test_a_setting_that_changes_counts_however_it_is_held(kind: str) -> None:
     assert not torch.equal(ens(x), before)
     assert ens.execution.last_plan is not None
     assert ens.execution.last_plan.refusal is None
+
+
+def test_outputs_are_in_the_containers_of_the_member() -> None:
+    class Returned(NamedTuple):
+        out: Tensor
+        more: Any
+
+    def compute(_: Any, h: Tensor) -> Any:
+        return Returned(h, OrderedDict(a=[h], b={"c": h + 1}, d=None, e=h.chunk(2, 1)))
+
+    ens = Ensemble.from_factory(lambda: Member(compute), range(3), strategy="folded")
+    x = torch.randn(5, 4)
+    assert ens.plan(x).refusal is None
+    found = ens(x)
+    assert isinstance(found, Returned)
+    kinds = [type(value) for value in (found.more, *found.more.values())]
+    assert kinds == [OrderedDict, list, dict, type(None), tuple]
+    assert found.more["e"][1].shape == (3, 5, 2)
+    found.more["b"]["more"] = found.more["a"].pop()
