@@ -293,8 +293,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _on_meta(stacked: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
-    for tensor in tensors_of(stacked).values():
-        own = torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+    with torch.inference_mode(False):  # inside of it tensors would have no version
+        for tensor in tensors_of(stacked).values():
+            own = torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
     return copy.deepcopy(stacked, memo)

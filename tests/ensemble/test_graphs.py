@@ -238,3 +238,20 @@ def test_outputs_are_in_the_containers_of_the_member() -> None:
     assert kinds == [OrderedDict, list, dict, type(None), tuple]
     assert found.more["e"][1].shape == (3, 5, 2)
     found.more["b"]["more"] = found.more["a"].pop()
+
+
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+def test_inference_mode_is_as_good_as_no_grad(strategy: Any) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+
+    ens, other = (Ensemble.from_factory(build, range(3), strategy=strategy) for _ in range(2))
+    x = torch.randn(2, 3, 5, 5)
+    with torch.inference_mode():
+        found = ens(x), ens.predict(x).mean
+    with torch.no_grad():
+        expected = other(x), other.predict(x).mean
+    assert all(map(torch.equal, found, expected))
+    for both in (ens, other):
+        both.loss(lambda out, _: out.square().mean(), x, None).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ens.parameters(), other.parameters(), strict=True))
