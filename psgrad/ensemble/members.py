@@ -21,6 +21,7 @@ __all__ = [
     "Slots",
     "changed_settings",
     "check_members",
+    "copy_settings",
     "kept_members",
     "member_of",
     "stack_members",
@@ -172,6 +173,15 @@ def member_of(stacked: nn.Module, k: int) -> nn.Module:
     return copy.deepcopy(stacked, memo)
 
 
+def copy_settings(stacked: nn.Module, member: nn.Module) -> None:
+    """Give a module of `member_of` copies of what the stacked one holds now besides tensors and modules."""
+    memo: dict[int, Any] = {id(common): own for common, own in _counterparts(stacked, member)}
+    for own, common in zip(member.modules(), stacked.modules(), strict=True):
+        for name, value in vars(common).items():
+            if name not in _EVERY_MODULES:
+                own.__dict__[name] = copy.deepcopy(value, memo)
+
+
 def with_tensors(
     module: nn.Module, parameters: Callable[[Tensor], Tensor], buffers: Callable[[Tensor], Tensor]
 ) -> nn.Module:
@@ -303,7 +313,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-_NO_SETTINGS = {name for name in vars(nn.Module()) if "hooks" not in name}
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+_NO_SETTINGS = {name for name in _EVERY_MODULES if "hooks" not in name}
 _NO_SETTINGS |= {
     "_flat_weights",
     "_flat_weight_refs",

@@ -20,7 +20,7 @@ from psgrad.ensemble.functions import IN_PLACE, is_fact
 from psgrad.ensemble.members import tensors_of
 from psgrad.ensemble.randomness import GlobalStates
 
-__all__ = ["is_in_place", "trace_key", "trace_member"]
+__all__ = ["is_in_place", "settings_key", "trace_key", "trace_member"]
 
 _ROOT = "member"
 
@@ -62,13 +62,24 @@ def trace_key(stacked: nn.Module) -> Hashable:
     for module in stacked.modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
         key.append((module.training, _has_hooks(module), *trained))
-        if not type(module).__module__.startswith("torch.nn."):
-            key += [
-                (name, value if isinstance(value, _SCALARS) else _plain(value, seen))
-                for name, value in vars(module).items()
-                if name not in _EVERY_MODULES
-            ]
+        key += _settings(module, seen)
     return tuple(key)
+
+
+def settings_key(stacked: nn.Module) -> Hashable:
+    """Only the user's own settings."""
+    seen: set[int] = set()
+    return tuple([setting for module in stacked.modules() for setting in _settings(module, seen)])
+
+
+def _settings(module: nn.Module, seen: set[int]) -> list[Any]:
+    if type(module).__module__.startswith("torch.nn."):
+        return []
+    return [
+        (name, value if isinstance(value, _SCALARS) else _plain(value, seen))
+        for name, value in vars(module).items()
+        if name not in _EVERY_MODULES
+    ]
 
 
 _SCALARS = (bool, int, float, str, type(None))

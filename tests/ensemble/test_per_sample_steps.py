@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,32 @@ def test_a_step_follows_the_parameters_modes_and_settings_of_the_ensemble() -> N
             for k in range(K):
                 _, norms = one_at_a_time(ens, k, x, y, 0.3, "mean")
                 torch.testing.assert_close(handle.result.norms[k], norms)
+
+
+class _Scaled(nn.Module):
+    """Its scale is in an object, and its layer in a list beside its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.layers, self.config = [self.linear], SimpleNamespace(scale=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x) * self.config.scale
+
+
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+def test_a_step_follows_settings_in_objects(strategy: str) -> None:
+    ens = Ensemble.from_factory(_Scaled, range(K), strategy=strategy).double()
+    x, y = data(rows, K, 5, False)
+    with psgrad.clip_per_sample(ens, 0.3) as handle:
+        for scale in (1.0, 2.0):
+            ens.stacked.config.scale = scale
+            ens.loss(F.cross_entropy, x, y).sum().backward()
+            for k in range(K):
+                _, norms = one_at_a_time(ens, k, x, y, 0.3, "mean")
+                torch.testing.assert_close(handle.result.norms[k], norms)
+            ens.zero_grad()
 
 
 def test_backward_passes_add_up_to_a_logical_step() -> None:

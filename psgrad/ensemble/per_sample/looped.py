@@ -13,9 +13,10 @@ from psgrad.capture import Capture, Consumer, Contribution, PerParameter
 from psgrad.capture.recorder import trainable_of
 from psgrad.capture.trial import without_trace
 from psgrad.ensemble.loop import loop_members, stacked_results
-from psgrad.ensemble.members import member_of, tensors_of
+from psgrad.ensemble.members import copy_settings, member_of, tensors_of
 from psgrad.ensemble.per_sample.contribution import MemberContribution
 from psgrad.ensemble.randomness import MemberRandomness
+from psgrad.ensemble.trace import settings_key
 from psgrad.held import Held
 
 __all__ = ["JoinedMembers", "LoopedCapture"]
@@ -43,6 +44,7 @@ class LoopedCapture:
     def __init__(self, stacked: nn.Module, consumers: Sequence[Consumer], rows_per_sample: int) -> None:
         self._stacked = stacked
         self._modules = [member_of(stacked, k) for k in range(len(consumers))]
+        self._settings = settings_key(stacked)
         self._captures: list[Capture] = []
         try:
             for module, consumer in zip(self._modules, consumers, strict=True):
@@ -88,7 +90,12 @@ class LoopedCapture:
             capture.remove()
 
     def _follow(self) -> None:
-        """Let the members' modules be what the stacked one is now: tensors, modes, plain settings."""
+        """Let the members' modules be what the stacked one is now: tensors, modes, settings."""
+        settings = settings_key(self._stacked)
+        if settings != self._settings:
+            for module in self._modules:
+                copy_settings(self._stacked, module)
+            self._settings = settings
         stacked = {name: tensor.detach().unbind() for name, tensor in tensors_of(self._stacked).items()}
         for k, module in enumerate(self._modules):
             for name, tensor in tensors_of(module).items():
