@@ -231,6 +231,8 @@ def _in_place_refusal(graph: fx.Graph, member: nn.Module) -> str | None:
 
 
 def _looks_in_place(name: str) -> bool:
+    if name in ("and_", "or_"):  # x & y and x | y, which are Python's words without it
+        return False
     dunder = name.startswith("__")
     return (name.endswith("_") and not dunder) or name in _OPERATORS or name in ("setitem", "__setitem__")
 

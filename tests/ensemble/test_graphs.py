@@ -107,6 +107,15 @@ class _Turned(nn.Module):
         return x.transpose(1, 2).contiguous()
 
 
+def test_masks_put_together_fold() -> None:
+    ens = Ensemble.from_factory(
+        lambda: Member(lambda self, h: h * ((h > 0) & (h < 1) | (h < -1))), range(3), strategy="folded"
+    )
+    x = torch.randn(5, 4)
+    assert ens.plan(x).refusal is None
+    torch.testing.assert_close(ens(x), torch.stack([ens.member(k)(x) for k in range(3)]))
+
+
 @pytest.mark.parametrize("affine", [False, True])
 def test_an_image_without_a_batch_axis_is_normalised_as_alone(affine: bool) -> None:
     ens = Ensemble.from_factory(
