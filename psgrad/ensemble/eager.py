@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.ensemble.losses import scalar
 from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness
-from psgrad.errors import ShapeError
 from psgrad.graph import leaves_of
 
 __all__ = ["KeptBlocks", "eager_losses"]
@@ -60,9 +60,7 @@ def eager_losses(
             own[t].requires_grad_()
         with slots.holding(own):  # also for backward, which a checkpointed module runs forward in
             with randomness.of(k):
-                loss = compute(k)
-            if loss.ndim:
-                raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
+                loss = scalar(compute(k))
             losses.append(loss.detach())
             leaves = [own[t] for t in trained]
             gradients.expect(k, leaves)  # now: what hooks of the forward pass make of them is copied

@@ -14,7 +14,7 @@ from psgrad.ensemble.own import part_of
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
 
-__all__ = ["member_losses", "stacked_losses"]
+__all__ = ["member_losses", "scalar", "stacked_losses"]
 
 _IGNORED = -100  # PyTorch's default ignore_index
 
@@ -37,20 +37,23 @@ def member_losses(
         if fits and not y.is_floating_point():
             each = F.cross_entropy(outputs.flatten(0, 1), y.flatten(0, 1), reduction="none")
             return each.reshape(members, -1).sum(1) / (y != _IGNORED).reshape(members, -1).sum(1)
+
+    def one(output: Any, target: Any) -> Tensor:
+        return scalar(fn(output, target))
+
     try:
-        losses = torch.vmap(fn, (0, 0 if own else None), randomness="error")(outputs, targets)
+        return torch.vmap(one, (0, 0 if own else None), randomness="error")(outputs, targets)
     except Exception:  # what vmap cannot do; alone, fn raises what is its own
-        losses = torch.stack(
+        return torch.stack(
             loop_members(
-                lambda k: fn(part_of(outputs, k), part_of(targets, k) if own else targets),
+                lambda k: one(part_of(outputs, k), part_of(targets, k) if own else targets),
                 members,
                 randomness,
             )
         )
-    return _scalars(losses)
 
 
-def stacked_losses(losses: Sequence[Tensor]) -> Tensor:
+def stacked_losses(losses: Sequence[Any]) -> Tensor:
     """`[K]` of K losses.
 
     Raises
@@ -59,13 +62,22 @@ def stacked_losses(losses: Sequence[Tensor]) -> Tensor:
         If one is no scalar.
 
     """
-    return _scalars(torch.stack(tuple(losses)))
+    return torch.stack([scalar(loss) for loss in losses])
 
 
-def _scalars(losses: Tensor) -> Tensor:
-    if losses.ndim != 1:
-        raise ShapeError(f"the loss must be a scalar, a member's is {tuple(losses.shape[1:])}")
-    return losses
+def scalar(loss: Any) -> Tensor:
+    """Return a member's loss.
+
+    Raises
+    ------
+    ShapeError
+        If it is no tensor, or has an axis.
+
+    """
+    if isinstance(loss, Tensor) and not loss.ndim:
+        return loss
+    found = tuple(loss.shape) if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise ShapeError(f"the loss must be a scalar tensor, a member's is {found}")
 
 
 def _is_cross_entropy(fn: Callable[..., Any]) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.ensemble.losses import scalar
 from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness, snapshot
-from psgrad.errors import ShapeError
 
 __all__ = ["SingleMember"]
 
@@ -77,9 +77,7 @@ class SingleMember:
     def _run(self, aliases: _Aliases, compute: Compute, randomness: MemberRandomness) -> Tensor:
         self._aliases = None  # until they are seen to be what they were
         with aliases.held, randomness.of(0):
-            loss = compute(0)
-        if loss.ndim:
-            raise ShapeError(f"the loss must be a scalar, a member's is {tuple(loss.shape)}")
+            loss = scalar(compute(0))
         if aliases.unrecorded():
             self._aliases = aliases
         return loss.unsqueeze(0)

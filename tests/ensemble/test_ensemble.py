@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,10 +114,20 @@ def test_own_data_must_have_one_entry_a_member() -> None:
     assert ens.own(torch.randn(3, 6, 4)).shape == (3, 6, 3)
 
 
-def test_a_loss_that_is_no_scalar_is_refused() -> None:
-    ens = Ensemble.from_factory(small, range(2))
-    with pytest.raises(ShapeError, match="scalar"):
-        ens.loss(lambda out, y: out.sum(1), torch.randn(6, 4), torch.zeros(6))
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (lambda out, y: out.sum(1), r"\(6,\)"),
+        (lambda out, y: (out.sum(), y), "a tuple"),
+        (lambda out, y: out.sum().item(), "a float"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused(fn: Any, words: str, members: int, strategy: Any) -> None:
+    ens = Ensemble.from_factory(small, range(members), strategy=strategy)
+    with pytest.raises(ShapeError, match=f"scalar tensor, a member's is {words}"):
+        ens.loss(fn, torch.randn(6, 4), torch.zeros(6))
 
 
 @pytest.mark.parametrize(
