@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from psgrad.ensemble.functions import IN_PLACE, is_fact
@@ -61,7 +62,7 @@ def trace_key(stacked: nn.Module) -> Hashable:
     seen: set[int] = set()
     for module in stacked.modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
-        key.append((module.training, _has_hooks(module), *trained))
+        key.append((module.training, _is_altered(module), *trained))
         key += _settings(module, seen)
     return tuple(key)
 
@@ -152,7 +153,8 @@ class _Tracer(fx.Tracer):
 
 
 def _switches() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled()
+    return torch.is_grad_enabled(), *autocast, bool(_has_any_global_hook())
 
 
 def trace_member(stacked: nn.Module, inputs: int) -> tuple[fx.Graph, TreeSpec] | str:
@@ -162,9 +164,11 @@ def trace_member(stacked: nn.Module, inputs: int) -> tuple[fx.Graph, TreeSpec] |
     """
     if inputs not in _CALLS:
         return f"a member with {inputs} inputs"
+    if _has_any_global_hook():
+        return "there are hooks of all modules"
     for path, module in stacked.named_modules():
-        if _has_hooks(module):
-            return f"{path or 'the module itself'} has hooks"
+        if _is_altered(module):
+            return f"{path or 'the module itself'} has hooks, or a forward of its own"
         if hasattr(module, "parametrizations"):
             return f"{path or 'the module itself'} is parametrized"
     member = _on_meta(stacked)
@@ -295,12 +299,14 @@ _FRESH = frozenset(
 )  # fmt: skip  # one a line is a page
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_altered(module: nn.Module) -> bool:
+    """Whether the module does something else than its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -6,13 +6,14 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from psgrad.ensemble import Ensemble
 
@@ -264,3 +265,29 @@ def test_inference_mode_is_as_good_as_no_grad(strategy: Any) -> None:
     for both in (ens, other):
         both.loss(lambda out, _: out.square().mean(), x, None).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ens.parameters(), other.parameters(), strict=True))
+
+
+def _hook(module: nn.Module) -> Callable[[], None]:
+    return module.register_forward_hook(lambda _, __, out: 2 * out).remove
+
+
+def _hook_of_all(_: nn.Module) -> Callable[[], None]:
+    return register_module_forward_hook(lambda m, _, out: 2 * out if type(m) is nn.Linear else None).remove
+
+
+def _forward(module: nn.Module) -> Callable[[], None]:
+    module.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), module)
+    return lambda: delattr(module, "forward")
+
+
+@pytest.mark.parametrize("alter", [_hook, _hook_of_all, _forward])
+def test_what_a_layer_is_made_to_do_later_is_done(alter: Callable[[nn.Module], Callable[[], None]]) -> None:
+    ens = Ensemble.from_factory(lambda: nn.Sequential(nn.Linear(4, 3)), range(3), strategy="folded")
+    x = torch.randn(5, 4)
+    before = ens(x)
+    restore = alter(ens.stacked[0])
+    try:
+        torch.testing.assert_close(ens(x), 2 * before)
+    finally:
+        restore()
+    assert torch.equal(ens(x), before)
