@@ -193,8 +193,13 @@ def with_tensors(
     return other
 
 
-def _refuse_computed(module: nn.Module, k: int) -> None:
+def _refuse_layers(module: nn.Module, k: int, members: int) -> None:
     for path, layer in module.named_modules():
+        if members > 1 and isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise MemberError(
+                f"{path or 'the module itself'} of member {k} has sparse gradients, which cannot be stacked:"
+                " build it with sparse=False"
+            )
         for hook in layer._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
                 name = getattr(hook, "name", getattr(hook, "_tensor_name", "weight"))
@@ -212,7 +217,8 @@ def check_members(modules: Sequence[nn.Module]) -> None:
     ------
     MemberError
         If there is none, one stands twice, a parameter is shared, or structure, settings, shapes, dtypes,
-        devices, ties, what is frozen, or train and eval mode differ; the message names the members.
+        devices, ties, what is frozen, or train and eval mode differ, or a layer's weights are computed by a
+        hook or have sparse gradients; the message names the members.
 
     """
     if not modules:
@@ -221,7 +227,7 @@ def check_members(modules: Sequence[nn.Module]) -> None:
     for k, module in enumerate(modules):
         if not isinstance(module, nn.Module):
             raise MemberError(f"member {k} is a {type(module).__name__}, not an nn.Module")
-        _refuse_computed(module, k)
+        _refuse_layers(module, k, len(modules))
         for path, parameter in module.named_parameters():
             other, other_path = owners.setdefault(id(parameter), (k, path))
             if other != k:

@@ -121,3 +121,9 @@ def test_functions_that_hold_their_member_are_refused() -> None:
 def test_weights_computed_by_hooks_are_refused_with_what_to_use(by_hook: Any) -> None:
     with pytest.raises(MemberError, match=r"0\.weight of member 0 .*parametrizations"):
         Ensemble.from_factory(lambda: nn.Sequential(by_hook(nn.Linear(4, 3))), range(2))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused_with_what_to_do(kind: Any) -> None:
+    with pytest.raises(MemberError, match=r"0 of member 0 has sparse gradients.*sparse=False"):
+        Ensemble.from_factory(lambda: nn.Sequential(kind(4, 3, sparse=True)), range(2))
