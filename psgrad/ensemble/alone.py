@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
 from psgrad.ensemble.members import changed_settings, member_of, tensors_of
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.randomness import GlobalStates, given_back
 from psgrad.errors import MemberError
+from psgrad.graph import nodes_of
 
 __all__ = ["refuse_changed", "refuse_leaks", "versions"]
 
@@ -23,16 +25,22 @@ def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
     Raises
     ------
     MemberError
-        If it sets plain attributes, makes buffers, or changes its inputs in place.
+        If it sets plain attributes, makes buffers, changes its inputs in place, or runs again in backward.
 
     """
     member = member_of(stacked, 0)
     before, states = versions(inputs), GlobalStates()
     try:
         with given_back(), saved_tensors_hooks(Tensor.detach, lambda t: t):
-            member(*(part_of(value, 0) if own else value for value in inputs))
+            returned = member(*(part_of(value, 0) if own else value for value in inputs))
     finally:
         states.put_back()
+    outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+    if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in nodes_of(outputs)):
+        raise MemberError(
+            "forward is checkpointed with use_reentrant=True, which would run it again in backward, where the"
+            " parameters are no member's: say use_reentrant=False, and use ens.loss"
+        )
     refuse_changed(before, inputs)
     made = set(tensors_of(member)) ^ set(tensors_of(stacked))
     if made:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
+from psgrad import MemberError
 from psgrad.ensemble import Ensemble
 
 
@@ -291,3 +293,16 @@ def test_what_a_layer_is_made_to_do_later_is_done(alter: Callable[[nn.Module], C
     finally:
         restore()
     assert torch.equal(ens(x), before)
+
+
+@pytest.mark.parametrize("strategy", ["folded", "loop"])
+def test_a_reentrant_checkpoint_is_refused(strategy: Any) -> None:
+    def compute(self: Any, h: Tensor) -> Tensor:
+        return checkpoint(lambda z: z * self.gain, h, use_reentrant=True)
+
+    ens = Ensemble.from_factory(lambda: Member(compute), range(3), strategy=strategy)
+    x = torch.randn(3, 4)  # as many samples as members: what runs again would not notice
+    with pytest.raises(MemberError, match="use_reentrant=False"):
+        ens(x)
+    with pytest.raises(MemberError, match="use_reentrant=False"):
+        ens.loss(lambda out, _: out.sum(), x, None)
