@@ -61,6 +61,6 @@ def side_by_side(grads: PerParameter) -> list[SideBySide]:
     for p, grad in grads.items():
         alike.setdefault((grad.dtype, grad.device), {})[p] = grad
     return [
-        SideBySide(tuple(some), torch.cat([grad.flatten(1) for grad in some.values()], 1))
+        SideBySide(tuple(some), torch.cat([grad.reshape(-1, p.numel()) for p, grad in some.items()], 1))
         for some in alike.values()
     ]

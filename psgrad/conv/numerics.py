@@ -51,6 +51,8 @@ def squared_norms(grads: Tensor) -> Tensor:
     PyTorch's norm adds a row up in order, and over half a million elements in float32 comes out low by
     1e-4: a sample would stay unclipped by as much. Rows are added up in pieces, and the pieces pairwise.
     """
+    if grads.ndim == 1:  # of a scalar
+        grads = grads.unsqueeze(1)
     if grads.is_contiguous():
         return _squared_norms_of_rows(grads.flatten(1))
     outside, inside = memory_order(grads)
@@ -137,6 +139,8 @@ class _Order:
 
     def rows(self, grads: Tensor) -> Tensor:
         """`[N, *shape]` as `[A, N, B]`, a view of dense ones in this order."""
+        if grads.ndim == 1:  # of a scalar
+            return grads[None, :, None]
         rows = grads.permute(*self._outside, 0, *self._inside).flatten(len(self._outside) + 1)
         return rows.flatten(0, -3) if self._outside else rows.unsqueeze(0)
 

@@ -83,6 +83,18 @@ class OwnParameters(nn.Module):
         return (self.mix(x + self.position) * self.scale).sum(1)
 
 
+class Temperature(nn.Module):
+    """A parameter that is a scalar, as CLIP's logit_scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.temperature = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.head(x) * self.temperature.exp()
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -109,6 +121,7 @@ MODELS = {
     "layers called twice": (CalledTwice, IMAGES),
     "tied weights": (Tied, "words"),
     "own parameters": (OwnParameters, (5, 4)),
+    "a scalar": (Temperature, (4,)),
     "nested": (Nested, (5, 3)),
     "parametrized": (parametrized, IMAGES),
     "first layer is the model": (lambda: nn.Conv2d(3, 2, 3), IMAGES),
@@ -139,7 +152,7 @@ def test_every_parameter_of_every_model(name, rows_per_sample):
 def test_clipped_sum_of_every_model(name):
     model, x = make(name)
     expected = grads_one_by_one(model, squared_loss, [x])
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    norms = torch.stack([g.reshape(len(x), -1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
     factors = (norms.median() / norms).clamp(max=1)
     with clip_per_sample(model, norms.median().item(), "sum") as clip:
         (squared_loss(model, x) * len(x)).backward()

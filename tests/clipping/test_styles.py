@@ -31,7 +31,7 @@ def oracle(style, grads):
     """The clipped sum by the formulas of the papers, from written-out per-sample gradients {path: N..}."""
 
     def norm(names):
-        return torch.stack([grads[n].flatten(1).square().sum(1) for n in names]).sum(0).sqrt()
+        return torch.stack([grads[n].reshape(len(grads[n]), -1).square().sum(1) for n in names]).sum(0).sqrt()
 
     modules = {name.rpartition(".")[0] for name in grads}
     sums = {}
