@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.capture.once import differentiable_once
 from psgrad.capture.survey import Layer
 from psgrad.errors import CaptureError
 from psgrad.layers import LayerRule
@@ -64,11 +65,11 @@ class _Told(torch.autograd.Function):
     def forward(ctx: Any, record: Callable[..., None], anchor: Tensor, x: Tensor, out: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        ctx.record = record
+        ctx.record, ctx.anchor = record, anchor
         return out.detach()  # no view: what follows may write to it in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once(lambda ctx: [ctx.anchor])
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if g is not None:
@@ -94,10 +95,11 @@ class _Computed(torch.autograd.Function):
         out, saved = rule.forward_saving(module, dict(zip(names, params, strict=True)), x)
         ctx.save_for_backward(x, *params, *saved)
         ctx.record, ctx.rule, ctx.module, ctx.names = record, rule, module, names
+        ctx.anchor = anchor
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once(lambda ctx: [ctx.anchor, ctx.saved_tensors[0]])
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         to_x = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from psgrad.capture.once import differentiable_once
 from psgrad.errors import CaptureError
 
 __all__ = ["Gate", "RepeatableCall"]
@@ -209,10 +210,10 @@ class _Exit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: RepeatableCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.inputs = call, len(inputs)
+        ctx.call, ctx.inputs, ctx.anchor = call, len(inputs), anchor
         return tuple(call.outputs())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once(lambda ctx: [ctx.anchor])
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.call.backward(grads, ctx.inputs)

@@ -8,9 +8,9 @@ from torch import nn
 
 from psgrad import GradNorms, PerSampleGrads, clip_per_sample
 from psgrad.ensemble import Ensemble
-from psgrad.errors import ConfigError
+from psgrad.errors import CaptureError, ConfigError
 from tests.capture.test_capture import make
-from tests.model_oracle import squared_loss
+from tests.model_oracle import grads_one_by_one, squared_loss
 
 HANDLES = {
     "grads": PerSampleGrads,
@@ -81,6 +81,46 @@ def test_a_jacobian_of_inputs():
         torch.testing.assert_close(torch.autograd.functional.jacobian(model, x), expected)
         assert clip.gathered.backward_passes == 0
     assert all(p.grad is None for p in model.parameters())
+
+
+def penalty(model, x):
+    """A loss of the output and of its gradient, as of a critic or a physics-informed network."""
+    x = x.detach().requires_grad_()
+    out = model(x)
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return out.square().flatten(1).sum(1).mean() + (slope.flatten(1).sum(1) - 1).square().mean()
+
+
+LAST = {
+    "a layer": lambda: nn.Linear(4, 2),
+    "layers": lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("handle", ["grads", "norms", "clip", "clip in a budget"])
+@pytest.mark.parametrize("last", LAST)
+def test_a_penalty_on_the_gradient_is_refused_also_where_only_parameters_have_one(last, handle):
+    model, x = LAST[last]().double(), torch.randn(5, 4, dtype=torch.double)
+    with HANDLES[handle](model), pytest.raises(CaptureError, match="depends on a gradient through the model"):
+        penalty(model, x.sin()).backward()
+
+
+class Projects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return (x @ self.weight).tanh()
+
+
+def test_a_penalty_on_the_gradient_of_what_uses_its_parameters_itself():
+    model, x = Projects().double(), torch.randn(5, 4, dtype=torch.double)
+    expected = grads_one_by_one(model, penalty, [x])
+    with PerSampleGrads(model):
+        penalty(model, x).backward()
+    torch.testing.assert_close(model.weight.grad_sample, expected["weight"])
 
 
 def test_of_an_ensemble():
