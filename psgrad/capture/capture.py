@@ -48,7 +48,7 @@ from psgrad.capture.survey import (
     refuse_model,
     why_hooked,
 )
-from psgrad.errors import CaptureError, ShapeError
+from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.layers import LayerCall, LayerRule, why_samples_mix
 from psgrad.loss import LossCheck
 from psgrad.loss.starts import follow_inputs, unfollow_inputs
@@ -220,7 +220,9 @@ class Capture:
         try:
             if not self._learning.done:
                 self._learning.learn(run, args, kwargs, rows)
-        except Exception as error:  # whatever a model may raise
+        except RefusedModelError:
+            raise
+        except Exception as error:  # whatever else a model may raise
             failed = error
         else:
             if rows > self._rows_per_sample:
@@ -249,7 +251,6 @@ class Capture:
 
     @property
     def _gate(self) -> Gate | None:
-        """Of the repeatable call that is running, if one is."""
         return None if self._call is None else self._call.gate
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
@@ -307,7 +308,7 @@ class Capture:
             If it is called from a vmap that is not the present region's.
 
         """
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._own.as_it_is:
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
         region = self._own.region

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from psgrad.errors import CaptureError
 
-__all__ = ["differentiable_once"]
+__all__ = ["differentiable_once", "refused"]
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -38,24 +38,31 @@ def differentiable_once(leads_to: Callable[[Any], Sequence[Tensor]]) -> Callable
             if not torch.is_grad_enabled():
                 return found
             from_ = [*leads_to(ctx), *(g for g in grads if g is not None)]
-            return tuple(None if t is None else _Refused.apply(t, *from_) for t in found)
+            return tuple(None if t is None else refused(OF_A_GRADIENT, t, *from_) for t in found)
 
         return once
 
     return decorated
 
 
-class _Refused(torch.autograd.Function):
-    """A gradient as it is, whose own is refused."""
+OF_A_GRADIENT = (
+    "the loss depends on a gradient through the model (torch.autograd.grad with create_graph=True: a "
+    "gradient penalty, a physics-informed loss, an energy's forces), of which no per-sample gradient is "
+    "captured. Compute every sample's with torch.func, vmap(grad(..)), or detach that gradient."
+)
 
+
+def refused(why: str, t: Tensor, *from_: Tensor) -> Tensor:
+    """Return t, through which no backward pass comes to what it is from: a `CaptureError` says why."""
+    return _Refused.apply(why, t, *from_)
+
+
+class _Refused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, *from_: Tensor) -> Tensor:
+    def forward(ctx: Any, why: str, t: Tensor, *from_: Tensor) -> Tensor:
+        ctx.why = why
         return t.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise CaptureError(
-            "the loss depends on a gradient through the model (torch.autograd.grad with create_graph=True: a "
-            "gradient penalty, a physics-informed loss, an energy's forces), of which no per-sample gradient "
-            "is captured. Compute every sample's with torch.func, vmap(grad(..)), or detach that gradient."
-        )
+        raise CaptureError(ctx.why)

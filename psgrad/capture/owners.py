@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.learning import Learning
+from psgrad.capture.once import refused
 from psgrad.capture.region import Region, Use, first_rows
+from psgrad.capture.results import shapes_as_it_is, without_batch
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
-from psgrad.errors import CaptureError, ShapeError
+from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
@@ -43,6 +46,8 @@ class Owners:
     ----------
     region
         The one that is running, if any.
+    as_it_is
+        Whether a module runs as without psgrad, to see what it returns.
 
     """
 
@@ -62,6 +67,8 @@ class Owners:
         self._as_a_whole: dict[str, bool] = {}  # by path, once it is known
         self._inside = False  # of a module that is being tried, whose check looks at all inside of it
         self.region: Region | None = None
+        self.as_it_is = False
+        self._without_batch: dict[str, dict[int, torch.Size]] = {}  # results by region; see `_with_batch`
 
     def is_region(self, path: str) -> bool:
         """Whether the module runs one sample at a time, as far as is known."""
@@ -90,7 +97,9 @@ class Owners:
         ShapeError
             If the rows do not make whole samples.
         OtherRowsError
-            If no input, or one of a layer inside, has not the batch's.
+            If no input, or one of a layer inside, has not the batch's; or in a trial what it returns.
+        RefusedModelError
+            If that is the whole model, and a number.
         CaptureError
             If a later batch shows that samples may not stay apart, and the module has already written to its
             inputs.
@@ -112,11 +121,67 @@ class Owners:
             self.make_region(layer.path)
         if not batched:
             raise OtherRowsError(layer, f"no input has the batch's {rows} rows")
+        shapes = self._shapes(layer, forward, args, kwargs) if self._learning.trying else None
         self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
         try:
-            return self.region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
+            out = self.region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
             self.region = None
+        if shapes is not None:
+            self._without_batch[layer.path] = without_batch(shapes, out)
+        return self._with_batch(layer, out)
+
+    def _shapes(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.Size]:
+        """Return the shapes of what a module returns that runs as without psgrad.
+
+        Raises
+        ------
+        OtherRowsError
+            If one is a number, that only a module around it can have for every sample.
+        RefusedModelError
+            If the module is the model.
+
+        """
+        self.as_it_is = True
+        try:
+            shapes = shapes_as_it_is(layer.module, forward, args, kwargs)
+        finally:
+            self.as_it_is = False
+        if () in shapes and layer.path:
+            raise OtherRowsError(layer, "returns a number for the whole batch")
+        if () in shapes:
+            raise RefusedModelError(
+                f"{layer} has to run one sample at a time, as it uses parameters of its own or calls layers "
+                "on other rows than the batch's, but it returns a number for the whole batch: let it return "
+                "one for every sample, [N]"
+            )
+        return shapes
+
+    def _with_batch(self, layer: Layer, out: Any) -> Any:
+        """Return what a region returned; of the model, what has no batch in axis 0 may not reach the loss.
+
+        Raises
+        ------
+        OtherRowsError
+            If it is not the model: the module around it may be a region.
+
+        """
+        wrong = self._without_batch.get(layer.path)
+        if not wrong:
+            return out
+        if layer.path:
+            shape = tuple(next(iter(wrong.values())))
+            raise OtherRowsError(layer, f"returns {shape}, which has not the batch's rows in axis 0")
+        leaves, structure = tree_flatten(out)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for position, shape in wrong.items():
+            leaves[places[position]] = refused(
+                f"the loss uses a result {tuple(shape)} of the model, which has not the batch in axis 0 (a "
+                "parameter, a penalty on one): of a model that runs one sample at a time, there are as many "
+                "as samples. Compute that part of the loss for every sample, inside of forward.",
+                leaves[places[position]],
+            )
+        return tree_unflatten(leaves, structure)
 
     def _try_whole(
         self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int

@@ -98,6 +98,8 @@ class Region:
         ------
         RefusedModelError
             If `torch.vmap` cannot run the module; the reason is in the message.
+        CaptureError
+            If it returns a number for the whole batch.
         PsgradError
             What a layer inside of the module raises.
 
@@ -136,6 +138,8 @@ class Region:
         finally:
             self._copies.clear()
             self._originals.clear()
+        if any(isinstance(leaf, Tensor) and leaf.ndim == 0 for leaf in out_leaves):
+            raise CaptureError(f"{self._name} runs one sample at a time, and returned one number for all")
         filled = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
         return tree_unflatten(filled, out_spec[0])
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import StochasticDepth
 
-from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
+from psgrad import CaptureError, PerSampleGrads, RefusedModelError, clip_per_sample
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
@@ -177,6 +177,62 @@ class TableByMethod(nn.Module):
         return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
+class Position(nn.Module):
+    """Returns `[T, E]` of its table, for a batch that it only asks for its length."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x):
+        return self.table[: x.shape[1]]
+
+
+class Temperature(nn.Module):
+    """Returns a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.log.exp()
+
+
+class AddsWhatModulesReturn(nn.Module):
+    """Modules whose results have no batch in axis 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.position = Position()
+        self.temperature = Temperature()
+
+    def forward(self, x):
+        x = self.linear(x)
+        return (x + self.position(x)).tanh().sum(1) / self.temperature(x)
+
+
+class TimeFirst(nn.Module):
+    """Returns `[T, N, E]` of `[N, T, E]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return (x @ self.weight).tanh().transpose(0, 1)
+
+
+class MeanOverTimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = TimeFirst()
+
+    def forward(self, x):
+        return self.inner(x).mean(0)
+
+
 class WindowsAndQuery(nn.Module):
     """A module with parameters of its own is given windows as rows, and one query per sample."""
 
@@ -233,6 +289,8 @@ MODELS = {
     "written in place": (WritesInPlace, SEQUENCE),
     "tied by function": (TiedByFunction, SEQUENCE),
     "a table by a method": (TableByMethod, SEQUENCE),
+    "results without a batch": (AddsWhatModulesReturn, SEQUENCE),
+    "results with time first": (MeanOverTimeFirst, SEQUENCE),
     "windows and a query": (WindowsAndQuery, (4, 3)),
     "windows, broadcast": (WindowsBroadcast, (4, 3)),
 }
@@ -284,7 +342,7 @@ def test_as_many_samples_as_there_are_steps(name, rows):
 def test_clipped_sum_of_every_model(name):
     model, x = make(name)
     expected = grads_one_by_one(model, squared_loss, [x])
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    norms = torch.stack([g.reshape(len(x), -1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
     factors = (norms.median() / norms).clamp(max=1)
     with clip_per_sample(model, norms.median().item(), "sum") as clip:
         (squared_loss(model, x) * len(x)).backward()
@@ -369,6 +427,36 @@ def test_what_the_first_batch_tells_of_regions(name, regions, rows):
     with PerSampleGrads(model) as handle:
         squared_loss(model, x).backward()
         assert set(handle.regions) == regions
+
+
+class WithParameters(nn.Module):
+    """Returns what is made of parameters alone beside its output: for a center loss, or a penalty."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.centers = nn.Parameter(torch.randn(2, 4))
+        self.made = made
+
+    def forward(self, x):
+        return self.linear(x), self.made(self.centers)
+
+
+@pytest.mark.parametrize("made", [lambda c: c, lambda c: c.square().sum(0)])
+def test_a_loss_of_a_parameter_that_the_model_returns_is_refused(made):
+    model = WithParameters(made)
+    with PerSampleGrads(model):
+        out, returned = model(torch.randn(5, 3))
+        with pytest.raises(CaptureError, match=r"a result \(.*4,?\) of the model"):
+            (out.square().mean() + returned.sum()).backward()
+        model(torch.randn(5, 3))[0].square().mean().backward()
+        assert model.linear.weight.grad_sample.shape == (5, 4, 3)
+
+
+def test_a_number_that_the_model_returns_is_refused():
+    model = WithParameters(torch.sum)
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="returns a number"):
+        model(torch.randn(5, 3))
 
 
 def test_a_recurrent_layer_is_refused_by_name_with_a_way_out():
