@@ -134,8 +134,7 @@ class Capture:
         """See `psgrad.loss.starts.Leads`."""
         return leaves_for(inputs, self._trainable, [self.anchor])
 
-    gradients_per_sample = 1
-    sample_axis = 0
+    gradients_per_sample, sample_axis = 1, 0
     """See `psgrad.capture.attach.Attached`."""
 
     @property
@@ -197,8 +196,7 @@ class Capture:
             if rows is None:
                 refuse_unseen(args, kwargs)
             if rows and rows % self._rows_per_sample == 0:
-                run = self._run_batch if self._learned else self._learn_and_run
-                out = run(forward, args, kwargs, rows)
+                out = (self._run_batch if self._learned else self._learn_and_run)(forward, args, kwargs, rows)
                 if self._loss is not None:
                     self._loss.mark(out, rows // self._rows_per_sample, rows)
                 return out
@@ -226,6 +224,7 @@ class Capture:
             failed = error
         else:
             if rows > self._rows_per_sample:
+                run = partial(self._own.run_and_tell, run)
                 refuse_mixed(self._module, run, (args, kwargs), rows, self._rows_per_sample)
                 self._learned = True
         out = self._run_batch(forward, args, kwargs, rows)
@@ -332,6 +331,7 @@ class Capture:
             run = partial(self._run_rule, layer, layer.rule, rest=rest, rows_per_sample=1)
             return self._shared.look_up(layer, run, x, self._rows_per_sample)
         check_layer_rows(layer, x, self._rows_per_sample, self._root_rows)
+        self._own.tell(str(layer), x)
         return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 
     def _run_rule_in_region(

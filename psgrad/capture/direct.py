@@ -69,6 +69,8 @@ class Direct:
         A scalar that requires grad.
     error
         Makes what an unknown use raises.
+    tell
+        Is told what is taken for the batch, and by what.
 
     """
 
@@ -80,8 +82,10 @@ class Direct:
         by_rule: Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor],
         anchor: Tensor,
         error: UnknownUse,
+        tell: Callable[[str, Tensor], None],
     ) -> None:
         self._error = error
+        self._tell = tell
         self._rows = rows
         self._rows_per_sample = rows_per_sample
         self._record = record
@@ -229,7 +233,13 @@ class Direct:
         """Whether axis 0 of a tensor is the batch; see the module."""
         if not isinstance(t, Tensor) or isinstance(t, StandIn) or t.shape[:1] != (self._rows,):
             return False
-        return t.requires_grad or any(t is given for given in self._inputs)
+        found = t.requires_grad or any(t is given for given in self._inputs)
+        if found:
+            self._tell_of(t)
+        return found
+
+    def _tell_of(self, t: Tensor) -> None:
+        self._tell(type(self._module).__name__, t)
 
     def _copies_of(self, value: Tensor) -> Tensor:
         """Every sample's copy, `[N, *shape]`."""
@@ -304,6 +314,7 @@ class Direct:
             self._refuse("a function of a layer, with a weight or bias that is computed")
         if isinstance(x, StandIn) or x.shape[:1] != (self._rows,) or rule.input_error(layer, x) is not None:
             self._refuse("a function of a layer, of what is not known to be the batch")
+        self._tell_of(x)
         return self._by_rule(rule, layer, weight, bias, x)
 
     def _attention(

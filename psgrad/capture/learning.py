@@ -13,7 +13,7 @@ from psgrad.capture.survey import Layer
 from psgrad.capture.trial import other_numbers_of_samples, without_trace
 from psgrad.graph import leaves_of
 
-__all__ = ["Learning"]
+__all__ = ["Learning", "Run"]
 
 Run = Callable[[Any, Any, int], Any]
 """Runs the whole model on args and kwargs of so many rows."""

@@ -1,4 +1,4 @@
-"""Whether a model mixes samples: one's result moves when another is exchanged."""
+"""Whether a model mixes samples: one's result, or a layer's row, moves when another is exchanged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from psgrad.independence import Call, why_mixed
 
 __all__ = ["refuse_mixed"]
 
-Run = Callable[[Any, Any, int], Any]
-"""Runs the whole model on args and kwargs of so many rows."""
+Run = Callable[[Any, Any, int], tuple[Any, list[tuple[str, Tensor]]]]
+"""Runs the whole model on args and kwargs of so many rows; tells what was taken for the batch, by what."""
 
 
 def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sample: int) -> None:
-    """Raise if a result of the model for one sample depends on another sample.
+    """Raise if a result of the model for one sample depends on another sample, or a layer's row does.
 
-    Only real samples are tried, three at most, in four runs of two; only results with the batch in axis 0 are
-    looked at. What moves by no more than rounding, or also between two runs alike, and what draws random
-    numbers by need (`nn.RReLU`), says nothing. `psgrad.check_rows_independent` looks closer.
+    Only real samples are tried, three at most, in five runs of two; only what has the batch in axis 0 is
+    looked at. A layer's rows may be others than the samples' though results are not: where a model sorts its
+    batch, and puts it back. What moves by no more than rounding, or also between two runs alike, and what
+    draws random numbers by need (`nn.RReLU`), says nothing. `psgrad.check_rows_independent` looks closer.
 
     Parameters
     ----------
@@ -45,57 +46,66 @@ def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sa
         If it does. Names the submodule that mixes, if that is to be found.
 
     """
-    batches = _of_two_samples(call, rows, rows_per_sample)
-    first = _Results(module, run, batches[0][1], rows_per_sample)
-    for changed, some in batches:  # the first one again: nothing of it is changed
-        results = _Results(module, run, some, rows_per_sample)
-        if not results.comparable(first):
-            return
-        if not results.moved(first, [n for n in range(2) if not changed[n]]):
-            continue
-        if changed.any():
-            raise RefusedModelError(_why(module, batches))
-        return
+    first, second = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
+    runs: list[_Results] = []  # the first and the last
+    for samples in ((0, 1), (0, 1), (0, second), (first, 1), (first, 0)):
+        results = _Results(module, run, call, samples, rows, rows_per_sample)
+        for other in runs:
+            if not results.comparable(other):
+                return
+            where = results.moved(other)
+            if where is not None and samples == other.samples:
+                return
+            if where is not None:
+                raise RefusedModelError(_why(module, where, call, rows, rows_per_sample))
+        runs = [*runs[:1], results]
 
 
-def _of_two_samples(call: Call, rows: int, rows_per_sample: int) -> list[tuple[Tensor, Call]]:
-    """Make the first two samples, then with either exchanged; and which of them is."""
-    others = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
-    batches = []
-    for changed in ((False, False), (False, True), (True, False)):
-        samples = [others[n] if changed[n] else n for n in range(2)]
-        picked = [n * rows_per_sample + k for n in samples for k in range(rows_per_sample)]
+def _picked(call: Call, samples: tuple[int, ...], rows: int, rows_per_sample: int) -> Call:
+    """Take these samples of a batch."""
+    picked = [n * rows_per_sample + k for n in samples for k in range(rows_per_sample)]
 
-        def pick(t: Any, picked: list[int] = picked) -> Any:
-            return t.detach()[picked] if isinstance(t, Tensor) and t.shape[:1] == (rows,) else t
+    def pick(t: Any) -> Any:
+        return t.detach()[picked] if isinstance(t, Tensor) and t.shape[:1] == (rows,) else t
 
-        batches.append((torch.tensor(changed), tree_map(pick, call)))
-    return batches
+    return tree_map(pick, call)
+
+
+RESULT = ""
+"""In place of a layer."""
 
 
 class _Results:
-    """What one run returned that has the batch in axis 0, and where it left the random numbers."""
+    """What one run returned with the batch in axis 0, what was taken for it, and the random numbers left."""
 
-    def __init__(self, module: nn.Module, run: Run, call: Call, rows_per_sample: int) -> None:
-        rows = 2 * rows_per_sample
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Run,
+        call: Call,
+        samples: tuple[int, int],
+        rows: int,
+        rows_per_sample: int,
+    ) -> None:
+        self.samples = samples
+        two = 2 * rows_per_sample
         with without_trace(module):
-            leaves = tree_leaves(run(*call, rows))
+            out, taken = run(*_picked(call, samples, rows, rows_per_sample), two)
             self._random = torch.get_rng_state()
-        self._tensors = [
-            t.detach().unflatten(0, (2, rows_per_sample))
-            for t in leaves
-            if isinstance(t, Tensor) and t.shape[:1] == (rows,)
-        ]
+        found = [(RESULT, t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        tensors = [(where, t.detach()) for where, t in found + taken if t.shape[:1] == (two,)]
+        self._tensors = [(where, t.unflatten(0, (2, rows_per_sample))) for where, t in tensors]
 
     def comparable(self, other: _Results) -> bool:
-        """Whether both drew as many random numbers, and returned the same shapes."""
-        shapes = ([t.shape for t in results._tensors] for results in (self, other))
+        """Whether both drew as many random numbers, and returned and took the same shapes."""
+        shapes = ([(where, t.shape) for where, t in results._tensors] for results in (self, other))
         return torch.equal(self._random, other._random) and len({str(found) for found in shapes}) == 1
 
-    def moved(self, other: _Results, samples: list[int]) -> bool:
-        """Whether the results of some of these samples differ by more than rounding."""
+    def moved(self, other: _Results) -> str | None:
+        """Where a sample that both have in the same place differs by more than rounding, results first."""
+        same = [n for n in range(2) if self.samples[n] == other.samples[n]]
         pairs = zip(self._tensors, other._tensors, strict=True)
-        return any(_differ(a[n], b[n]) for a, b in pairs for n in samples)
+        return next((where for (where, a), (_, b) in pairs if any(_differ(a[n], b[n]) for n in same)), None)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -106,10 +116,24 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return not torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _why(module: nn.Module, batches: list[tuple[Tensor, Call]]) -> str:
+def _why(module: nn.Module, where: str, call: Call, rows: int, rows_per_sample: int) -> str:
     """Name the submodule that mixes, if it is to be found."""
+    if where != RESULT:
+        return (
+            f"{where} is given the samples of a batch in another order, or mixed: which row is whose cannot "
+            "be told, though the model's results are apart. Sort, shuffle or flip the batch before the model."
+        )
+    others = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
+    runs = [
+        (torch.tensor(changed), _picked(call, samples, rows, rows_per_sample))
+        for changed, samples in (
+            ((False, False), (0, 1)),
+            ((False, True), (0, others[1])),
+            ((True, False), (others[0], 1)),
+        )
+    ]
     try:
-        why = why_mixed(module, batches, list(module.buffers()))
+        why = why_mixed(module, runs, list(module.buffers()))
     except ConfigError:
         why = None
     return why or (

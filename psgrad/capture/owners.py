@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
-from psgrad.capture.learning import Learning
+from psgrad.capture.learning import Learning, Run
 from psgrad.capture.once import refused
 from psgrad.capture.region import Region, Use, first_rows
 from psgrad.capture.results import shapes_as_it_is, without_batch
@@ -20,6 +20,8 @@ from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
+
+Told = list[tuple[str, Tensor]]
 
 
 class Owners:
@@ -68,6 +70,7 @@ class Owners:
         self._inside = False  # of a module that is being tried, whose check looks at all inside of it
         self.region: Region | None = None
         self.as_it_is = False
+        self._told: Told | None = None
         self._without_batch: dict[str, dict[int, torch.Size]] = {}  # results by region; see `_with_batch`
 
     def is_region(self, path: str) -> bool:
@@ -77,6 +80,20 @@ class Owners:
     def make_region(self, path: str) -> None:
         """Run the module one sample at a time from now on."""
         self._as_a_whole[path] = False
+
+    def run_and_tell(self, run: Run, args: Any, kwargs: Any, rows: int) -> tuple[Any, Told]:
+        """Run the whole model; return also every tensor whose rows are taken for the batch's, and by what."""
+        told: Told = []
+        self._told = told
+        try:
+            return run(args, kwargs, rows), told
+        finally:
+            self._told = None
+
+    def tell(self, where: str, t: Tensor) -> None:
+        """Tell, if somebody listens, what is taken for the batch."""
+        if self._told is not None:
+            self._told.append((where, t.detach()))
 
     def run(
         self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, root_rows: int | None
@@ -121,6 +138,9 @@ class Owners:
             self.make_region(layer.path)
         if not batched:
             raise OtherRowsError(layer, f"no input has the batch's {rows} rows")
+        for i, t in _tensors(args, kwargs):
+            if i in batched:
+                self.tell(str(layer), t)
         shapes = self._shapes(layer, forward, args, kwargs) if self._learning.trying else None
         self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
         try:
@@ -234,7 +254,9 @@ class Owners:
 
     def direct(self, rows: int, error: UnknownUse = unknown_use) -> Direct:
         """Return what runs on the batch as a whole, of so many rows; see `Direct`."""
-        return Direct(rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error)
+        return Direct(
+            rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error, self.tell
+        )
 
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:

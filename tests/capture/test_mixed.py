@@ -89,6 +89,70 @@ def test_mixing_by_a_module_with_layers():
         handle._capture._module(torch.randn(3, 3))
 
 
+class Puts(nn.Module):
+    """Does something to the batch in another order, and puts it back."""
+
+    def __init__(self, order, within):
+        super().__init__()
+        self.order, self.within = order, within
+
+    def forward(self, h):
+        order = self.order(h)
+        return self.within(h[order])[order.argsort()]
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, h):
+        return h * self.scale
+
+
+class Projects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3))
+
+    def forward(self, h):
+        return h @ self.weight
+
+
+@pytest.mark.parametrize("within", [lambda: nn.Linear(3, 3), Scales, Projects])
+@pytest.mark.parametrize(
+    "first", [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1], [1, 2], [2, 1]]
+)
+def test_a_layer_whose_rows_were_sorted_is_refused(first, within):
+    model = nn.Sequential(Puts(lambda h: h[:, 0].argsort(), within()), nn.Linear(3, 2))
+    x = torch.tensor([[float(k), 1.0, 2.0] for k in first])
+    with (
+        PerSampleGrads(model),
+        pytest.raises(RefusedModelError, match=r"0\.within .*in another order|^Scales"),
+    ):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    "order", [lambda h: torch.arange(len(h)).flip(0), lambda h: torch.arange(len(h)).roll(1)]
+)
+def test_a_layer_whose_rows_were_moved_is_refused(order):
+    model = nn.Sequential(nn.Linear(3, 3), Puts(order, nn.Linear(3, 3)), nn.Linear(3, 2))
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"1\.within .*in another order"):
+        model(torch.randn(4, 3))
+
+
+def test_an_owner_that_sorts_around_its_parameter_is_refused():
+    class Sorts(Scales):
+        def forward(self, h):
+            order = h[:, 0].argsort()
+            return (h[order] * self.scale)[order.argsort()]
+
+    model = nn.Sequential(nn.Linear(3, 3), Sorts(), nn.Linear(3, 2))
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"Sorts .*in another order"):
+        model(torch.randn(4, 3))
+
+
 def noise_from_numpy(h):
     return h + torch.from_numpy(np.random.default_rng().normal(size=h.shape)).float()
 
