@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from psgrad.capture.region import is_packed
 from psgrad.capture.stand_in import StandIn
 from psgrad.capture.survey import Layer, OtherRowsError
 from psgrad.errors import CaptureError, ShapeError
@@ -65,12 +66,13 @@ def refuse_unseen(args: Any, kwargs: Any) -> None:
 
     """
     plain = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
-    unseen = {type(leaf).__name__ for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, plain)}
+    leaves = tree_leaves((args, kwargs), is_leaf=is_packed)
+    unseen = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)}
     if unseen:
         raise CaptureError(
             f"no tensor is to be seen in the model's inputs, of type {', '.join(sorted(unseen))}: which rows "
             "are a sample's cannot be told. Call the model with tensors, or with dicts, lists or tuples of "
-            "them (model(**batch)), or register the type with torch.utils._pytree"
+            "them (model(**batch)), or register the type with torch.utils._pytree; pad a PackedSequence"
         )
 
 

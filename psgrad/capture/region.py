@@ -21,7 +21,8 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record, own_copies
 from psgrad.capture.intercept import Intercept
@@ -29,7 +30,7 @@ from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
 from psgrad.layers import RULES, LayerRule
 
-__all__ = ["Region", "Use", "first_rows"]
+__all__ = ["Region", "Use", "first_rows", "is_packed"]
 
 Use = Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
 
@@ -279,8 +280,15 @@ class Region:
 
 
 def first_rows(args: Any, kwargs: Any) -> int | None:
-    """Return the rows of the first tensor that has any."""
-    for leaf in tree_flatten((args, kwargs))[0]:
+    """Return the rows of the first tensor that has any; None where packed sequences come before it."""
+    for leaf in tree_leaves((args, kwargs), is_leaf=is_packed):
+        if is_packed(leaf):
+            return None
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
     return None
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a value is a `PackedSequence`, whose rows are those of all samples, step by step."""
+    return isinstance(value, PackedSequence)

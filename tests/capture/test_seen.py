@@ -53,6 +53,23 @@ def test_support_shared_by_all_samples_goes_on_working():
     torch.testing.assert_close(model.layer.weight.grad_sample, torch.stack(expected))
 
 
+def test_packed_sequences_whose_rows_are_no_samples():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, packed):
+            return self.layer(packed.data)
+
+    model, packed = Packed(), nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    with clip_per_sample(model, 1.0):
+        with torch.no_grad():
+            assert model(packed).shape == (5, 3)
+        with pytest.raises(CaptureError, match="pad a PackedSequence"):
+            model(packed)
+
+
 class FromUserDict(nn.Module):
     def __init__(self):
         super().__init__()
