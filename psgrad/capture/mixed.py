@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from psgrad.capture.trial import without_trace
+from psgrad.capture.trial import picked, without_trace
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.independence import Call, why_mixed
 
@@ -63,12 +63,8 @@ def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sa
 
 def _picked(call: Call, samples: tuple[int, ...], rows: int, rows_per_sample: int) -> Call:
     """Take these samples of a batch."""
-    picked = [n * rows_per_sample + k for n in samples for k in range(rows_per_sample)]
-
-    def pick(t: Any) -> Any:
-        return t.detach()[picked] if isinstance(t, Tensor) and t.shape[:1] == (rows,) else t
-
-    return tree_map(pick, call)
+    some = [n * rows_per_sample + k for n in samples for k in range(rows_per_sample)]
+    return picked(call, rows, some)
 
 
 RESULT = ""

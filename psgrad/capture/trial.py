@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
-__all__ = ["other_numbers_of_samples", "without_trace"]
+__all__ = ["other_numbers_of_samples", "picked", "without_trace"]
 
 
 def other_numbers_of_samples(
@@ -35,13 +35,19 @@ def other_numbers_of_samples(
 
     """
     for samples in (3, 4) if rows == 2 * rows_per_sample else (2, 3):
-        some = torch.arange(samples * rows_per_sample) % rows
+        some = [n % rows for n in range(samples * rows_per_sample)]
+        yield *picked((args, kwargs), rows, some), len(some)
 
-        def pick(t: Any, some: Tensor = some) -> Any:
-            is_batch = isinstance(t, Tensor) and t.shape[:1] == (rows,)
-            return t.detach()[some.to(t.device)] if is_batch else t
 
-        yield tree_map(pick, args), tree_map(pick, kwargs), len(some)
+def picked(call: Any, rows: int, some: list[int]) -> Any:
+    """Take some rows of the batch; other tensors are copied, as the model may write to them."""
+
+    def pick(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.detach()[some] if t.shape[:1] == (rows,) else t.clone()
+
+    return tree_map(pick, call)
 
 
 @contextmanager

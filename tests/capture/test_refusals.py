@@ -161,6 +161,21 @@ def test_learning_the_batch_axis_leaves_no_trace():
         torch.testing.assert_close(buffer, other, rtol=0, atol=0)
 
 
+def test_learning_does_not_write_to_what_samples_share():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x, memory):
+            return self.linear(x) * memory.mul_(0.5).add_(1)
+
+    model, memory = Keeps(), torch.zeros(3)
+    with PerSampleGrads(model):
+        model(torch.randn(5, 4), memory)
+    assert torch.equal(memory, torch.ones(3))
+
+
 def test_a_layer_in_a_vmap_of_the_models_own_is_a_clear_error():
     class Mapped(nn.Module):
         def __init__(self):
