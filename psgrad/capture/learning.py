@@ -113,7 +113,7 @@ class Learning:
                     return around
                 failed = error
                 continue
-            if elsewhere or not self._inputs.seen:
+            if elsewhere:
                 return elsewhere
         if failed is not None:
             raise failed

@@ -39,11 +39,6 @@ class RegionInputs:
         """Begin a trial with so many rows."""
         self._trials.append(_Trial(rows))
 
-    @property
-    def seen(self) -> bool:
-        """Whether a region was called in the present trial."""
-        return bool(self._trials[-1].seen)
-
     def see(self, path: str, lengths: Lengths) -> None:
         """Take in one call of a region in the present trial."""
         for position, length in lengths.items():

@@ -142,6 +142,21 @@ def test_a_layer_whose_rows_were_moved_is_refused(order):
         model(torch.randn(4, 3))
 
 
+def test_two_steps_in_front_are_no_samples():
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x.transpose(0, 1)).mean(0)
+
+    model = TimeFirst()
+    with PerSampleGrads(model) as handle:
+        model(torch.randn(5, 2, 3)).square().mean().backward()
+        assert handle.regions == ("",)
+
+
 def test_an_owner_that_sorts_around_its_parameter_is_refused():
     class Sorts(Scales):
         def forward(self, h):
