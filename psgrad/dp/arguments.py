@@ -97,7 +97,7 @@ def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_half_precision(trainable: Mapping[str, nn.Parameter]) -> None:
-    """Raise where a clipped sum is rounded before there is noise, by more than what a sample may change it by.
+    """Raise where a clipped sum is rounded before there is noise, by more than one sample may change it.
 
     Raises
     ------
