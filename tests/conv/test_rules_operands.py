@@ -182,6 +182,9 @@ PAIR = ConvGeometry(groups=2)
     [
         (X, 5, W, None, PAIR, r"bdim 5 of x .*\(3, 2, 4, 5, 5\)"),
         (X, -6, W, None, PAIR, r"bdim -6 of x"),
+        (X, 1.0, W, None, PAIR, r"bdim 1\.0 of x is neither an int nor None.*\(3, 2, 4, 5, 5\)"),
+        (X, "0", W, None, PAIR, r"bdim '0' of x is neither"),
+        (X.double(), 0, W, None, PAIR, r"x is torch.float64, weight is torch.float32.*\(3, 2, 4, 5, 5\)"),
         (X, 0, W, 4, PAIR, r"bdim 4 of weight .*\(6, 2, 3, 3\)"),
         (X, None, W, None, PAIR, r"spatial axes .*\(3, 2, 4, 5, 5\)"),
         (X, 0, W[0], None, PAIR, r"spatial axes .*\(2, 3, 3\)"),
@@ -208,6 +211,13 @@ def test_more_that_does_not_fit() -> None:
         convolution_backward_batch_rule(G[..., :2], 0, X, 0, W, None, PAIR, (True,) * 3)
     with pytest.raises(ShapeError, match="three entries"):
         convolution_backward_batch_rule(G, 0, X, 0, W, None, PAIR, (True, True))
+    for mask in ("abc", True):
+        with pytest.raises(ShapeError, match=f"three entries.* {mask!r}"):
+            convolution_backward_batch_rule(G, 0, X, 0, W, None, PAIR, mask)
+    with pytest.raises(ShapeError, match=r"grad_output is torch.float64"):
+        convolution_backward_weight_batch_rule(G.double(), 0, X, 0, W, None, PAIR)
+    with pytest.raises(ShapeError, match=r"bdim 1\.0 of grad_output \(3, 2, 6, 3, 3\)"):
+        compute_grad_bias(G, (True,) * 3, 1.0)
     with pytest.raises(ShapeError, match="out of range"):
         compute_grad_bias(G, (True,) * 3, 5)
     with pytest.raises(ShapeError, match=r"\(3, 6\) with bdim 0"):

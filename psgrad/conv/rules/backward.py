@@ -145,6 +145,10 @@ def compute_grad_bias(
     """
     if not mask_of(output_mask)[2]:
         return None
+    if gbdim is not None and not isinstance(gbdim, int):
+        raise ShapeError(
+            f"bdim {gbdim!r} of grad_output {tuple(grad_output.shape)} is neither an int nor None"
+        )
     if grad_output.ndim - (gbdim is not None) < 2:
         raise ShapeError(f"grad_output {tuple(grad_output.shape)} with bdim {gbdim} is not N(GO)")
     if gbdim is None:
@@ -199,7 +203,7 @@ def _stacked(grads: Sequence[Tensor | None], batch: int) -> OptionalBatched:
 
 
 def mask_of(output_mask: Sequence[bool]) -> tuple[bool, bool, bool]:
-    if len(output_mask) != 3:
-        raise ShapeError(f"output_mask must have three entries, for x, weight and bias, got {output_mask}")
+    if not isinstance(output_mask, (list, tuple)) or len(output_mask) != 3:
+        raise ShapeError(f"output_mask must have three entries, for x, weight and bias, got {output_mask!r}")
     want_x, want_weight, want_bias = output_mask
     return bool(want_x), bool(want_weight), bool(want_bias)

@@ -88,6 +88,8 @@ def _bdims(operands: Sequence[_Named]) -> list[int | None]:
         if bdim is None:
             bdims.append(None)
             continue
+        if not isinstance(bdim, int):
+            raise ShapeError(f"bdim {bdim!r} of {name} is neither an int nor None: {_describe(operands)}")
         if not -t.ndim <= bdim < t.ndim:
             raise ShapeError(f"bdim {bdim} of {name} is out of range: {_describe(operands)}")
         bdims.append(bdim % t.ndim)
@@ -102,12 +104,17 @@ def _fit(
 ) -> tuple[Call, int, tuple[int, ...]]:
     """See that x and weight belong to the geometry; return the call and the output's C and size.
 
+    A bias, which is added, may be of another dtype.
+
     Raises
     ------
     ShapeError
         If they do not.
 
     """
+    if len({t.dtype for name, t, _ in operands if name != "bias"}) > 1:
+        dtypes = ", ".join(f"{name} is {t.dtype}" for name, t, _ in operands)
+        raise ShapeError(f"{dtypes}; cast them to one dtype: {_describe(operands)}")
     x = _logical_shape(operands[0][1], bdims[0])
     weight = _logical_shape(operands[1][1], bdims[1])
     if len(x) != len(weight) or not 3 <= len(x) <= 5:
