@@ -138,7 +138,7 @@ def normalise(
     ShapeError
         If anything does not fit; the message has the shapes.
     StrategyError
-        For complex numbers and integers.
+        For complex numbers, integers and floating point of a byte.
 
     """
     form = _form_of(x, grad_output, weight_shape, geometry, rows_per_sample)
@@ -166,6 +166,10 @@ def problem_of(
 def _form_of(
     x: Tensor, grad_output: Tensor, weight_shape: Sequence[int], geometry: ConvGeometry, rows_per_sample: int
 ) -> _NormalForm:
+    if isinstance(weight_shape, Tensor):
+        raise ShapeError(f"weight_shape is a tensor {tuple(weight_shape.shape)}: give weight.shape")
+    if isinstance(rows_per_sample, float):  # which the cache would take for the int
+        raise ShapeError(f"rows_per_sample must be an int, got {rows_per_sample}")
     return _normal_form(
         tuple(x.shape),
         tuple(grad_output.shape),
@@ -211,8 +215,10 @@ def _normal_form(
     if x_kind != grad_kind:
         kinds = "x is {} on {}, grad_output {} on {}".format(*x_kind, *grad_kind)
         raise ShapeError(f"{kinds}; cast one")
-    if not x_kind[0].is_floating_point:
-        raise StrategyError(f"no strategy computes in {x_kind[0]}: weight gradients are of floating point")
+    if not x_kind[0].is_floating_point or x_kind[0].itemsize == 1:
+        raise StrategyError(
+            f"no strategy computes in {x_kind[0]}: weight gradients are of floating point, two bytes at least"
+        )
     rows = x_shape[0]
     if rows_per_sample < 1 or rows % rows_per_sample:
         raise ShapeError(f"{rows} rows are not a multiple of rows_per_sample={rows_per_sample}")

@@ -16,7 +16,7 @@ from tests.problems import ConvProblem, conv_problems, serves
 
 
 def weighted(x, grad_output, weight_shape, geometry, **keywords):
-    factors = torch.ones(len(x) // max(1, keywords.get("rows_per_sample", 1)))
+    factors = torch.ones(len(x) // max(1, int(keywords.get("rows_per_sample", 1))))
     return weighted_weight_grad(x, grad_output, weight_shape, geometry, factors, **keywords)
 
 
@@ -71,6 +71,20 @@ def test_an_empty_batch_gives_empty_results(name: str) -> None:
         assert weight_grad_sq_norms(*arguments, name).shape == (0,)
     total = weighted_weight_grad(*arguments, torch.zeros(0))
     assert torch.equal(total, torch.zeros(4, 2, 3, 3))
+
+
+@pytest.mark.parametrize("name", ["auto", *STRATEGIES])
+@pytest.mark.parametrize(("shape", "transposed"), [((0, 3, 3), False), ((4, 0, 3), False), ((0, 4, 3), True)])
+def test_a_layer_without_channels_gives_empty_results(name: str, shape: tuple, transposed: bool) -> None:
+    geometry = ConvGeometry(3, transposed=transposed, groups=2)
+    ends = (shape[0], 2 * shape[1]) if transposed else (2 * shape[1], shape[0])
+    x, grad = torch.ones(4, ends[0], 5), torch.ones(4, ends[1], 7 if transposed else 3)
+    if serves(name, "grads", (x, grad, shape, geometry)):
+        assert weight_grads(x, grad, shape, geometry, name, rows_per_sample=2).shape == (2, *shape)
+    if serves(name, "sq_norms", (x, grad, shape, geometry)):
+        norms = weight_grad_sq_norms(x, grad, shape, geometry, name, rows_per_sample=2)
+        assert torch.equal(norms, torch.zeros(2))
+    assert weighted_weight_grad(x, grad, shape, geometry, torch.ones(4)).shape == shape
 
 
 def test_grouped_refuses_an_empty_batch() -> None:
@@ -147,6 +161,18 @@ def test_rows_and_dtypes_that_do_not_fit_raise(verb: Callable) -> None:
             verb(x, grad, *rest, rows_per_sample=rows_per_sample)
     with pytest.raises(ShapeError, match=r"float32.*float64"):
         verb(x, grad.double(), *rest)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_number_or_a_tensor_of_another_kind_is_named(verb: Callable) -> None:
+    x, grad, shape, geometry = torch.ones(4, 2, 5), torch.ones(4, 3, 3), (3, 2, 3), ConvGeometry(3)
+    verb(x, grad, shape, geometry, rows_per_sample=2)  # known by then to the cache, where 2 == 2.0
+    with pytest.raises(ShapeError, match=r"rows_per_sample must be an int, got 2\.0"):
+        verb(x, grad, shape, geometry, rows_per_sample=2.0)
+    with pytest.raises(ShapeError, match=r"a tensor \(3, 2, 3\): give weight\.shape"):
+        verb(x, grad, torch.ones(shape), geometry)
+    with pytest.raises(StrategyError, match=r"no strategy computes in torch\.float8_e4m3fn"):
+        verb(x.to(torch.float8_e4m3fn), grad.to(torch.float8_e4m3fn), shape, geometry)
 
 
 def test_factors_that_do_not_fit_raise() -> None:
