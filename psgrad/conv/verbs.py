@@ -100,6 +100,12 @@ def weight_grads(
     StrategyError
         If the strategy does not exist or refuses.
 
+    Notes
+    -----
+    Inf or NaN in grad_output that meets padding makes NaN, as `0 * inf` does, in a strategy that multiplies
+    the padding's zeros and nothing in one that passes over them, so norms, sums and gradients may then
+    disagree on which entries are finite.
+
     """
     if memory_budget is not None:
         operands = x, grad_output, weight_shape, geometry
@@ -143,7 +149,7 @@ def weight_grad_sq_norms(
 ) -> Tensor:
     """Compute the squared L2 norm of every sample's weight gradient, never all gradients at once.
 
-    Arguments and errors are those of `weight_grads`.
+    Arguments, errors and notes are those of `weight_grads`.
 
     Returns
     -------
@@ -228,7 +234,8 @@ def weighted_weight_grad(
 ) -> Tensor:
     """Compute `sum_n factors[n] * grads[n]` at the price of one ordinary weight gradient.
 
-    A factor of exactly 0 removes its sample, also one whose gradient is not finite.
+    A factor of exactly 0 removes its sample, also one whose gradient is not finite. Where padding meets what
+    is not finite, see the notes of `weight_grads`.
 
     Parameters
     ----------
