@@ -7,6 +7,7 @@ level out) and wraps the results again.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import deque
@@ -66,6 +67,12 @@ class _Registry:
         # A destroyed library frees its kernels, also one that a thread without a use of its own is
         # just running: the last ones are kept alive.
         self._kept: deque[object] = deque(maxlen=_KEPT_KERNELS)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._new_lock)
+
+    def _new_lock(self) -> None:
+        """In a forked process: another thread may have held the lock, and is not there to release it."""
+        self._lock = threading.Lock()
 
     def enter(self, use: _Use) -> None:
         with self._lock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from psgrad.conv import install_rules, uninstall_rules, use_rules
+from psgrad.conv import functorch, install_rules, uninstall_rules, use_rules
 from psgrad.errors import StrategyError
 from tests.conv.functorch_models import (
     ALL,
@@ -134,6 +136,31 @@ def test_many_threads_enter_and_leave() -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_while_another_thread_enters_can_use_the_rules() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with functorch._REGISTRY._lock:  # as a thread does inside of `enter`
+            held.set()
+            forked.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for the lock
+        try:
+            with use_rules():
+                os._exit(0)
+        finally:
+            os._exit(1)
+    forked.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # torch.compile
