@@ -21,7 +21,7 @@ from psgrad.ensemble.own import holds_tensors, part_of
 from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
-from psgrad.ensemble.randomness import MemberRandomness, given_back, without_trace
+from psgrad.ensemble.randomness import MemberRandomness, given_back, put_back_after
 from psgrad.ensemble.single import SingleMember
 from psgrad.errors import ConfigError, MemberError, ShapeError
 from psgrad.loss import LossCheck, judge_member_loss
@@ -274,7 +274,7 @@ class Ensemble(nn.Module):
 
         It is found by running it: buffers and random streams are given back.
         """
-        with without_trace(self, self.randomness), torch.set_grad_enabled(self.training):
+        with put_back_after(self, self.randomness), torch.set_grad_enabled(self.training):
             self(*inputs, own=own)
         assert self.execution.last_plan is not None
         return self.execution.last_plan

@@ -14,7 +14,7 @@ from psgrad.ensemble.interpreter import FoldedGraph, RunLayer
 from psgrad.ensemble.loop import call_members, stacked_results
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.plan import EnsemblePlan, Step
-from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, without_trace
+from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, put_back_after
 from psgrad.ensemble.trace import trace_key, trace_member
 from psgrad.ensemble.value import Value
 
@@ -130,7 +130,7 @@ class Execution:
         key = self._key(inputs, own, members)
         why = self._refusal(key, inputs, own, members, most)
         if why is None and key not in self._measures:
-            with without_trace(self.stacked, randomness):
+            with put_back_after(self.stacked, randomness):
                 self._first(key, inputs, own, members, randomness)
             why = self._refusal(key, inputs, own, members, most)
         return why

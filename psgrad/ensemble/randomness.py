@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["GlobalStates", "MemberRandomness", "given_back", "snapshot", "without_trace"]
+__all__ = ["GlobalStates", "MemberRandomness", "given_back", "put_back_after", "snapshot"]
 
 
 class GlobalStates:
@@ -58,7 +58,7 @@ def snapshot(module: nn.Module, randomness: MemberRandomness) -> Callable[[], No
 
 
 @contextmanager
-def without_trace(module: nn.Module, randomness: MemberRandomness) -> Iterator[None]:
+def put_back_after(module: nn.Module, randomness: MemberRandomness) -> Iterator[None]:
     """Put a module's buffers and the members' streams back afterwards.
 
     A `torch.utils.checkpoint` around it does not see what is saved for a backward pass inside.

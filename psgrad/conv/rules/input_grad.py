@@ -27,16 +27,8 @@ def convolution_backward_input_batch_rule(
 
     Parameters
     ----------
-    grad_output
-        `N(GO)` and spatial axes, with `B` at `gbdim`.
-    x
-        `N(GI)` and spatial axes, with `B` at `xbdim`.
-    weight
-        `(GO)I` and kernel axes, transposed `(GI)O`, with `B` at `wbdim`.
-    gbdim, xbdim, wbdim
-        Position of `B`, negative ones counted from the end; None where there is none.
-    geometry
-        Of the convolution; padding may differ before and after.
+    grad_output, gbdim, x, xbdim, weight, wbdim, geometry
+        As for `convolution_backward_batch_rule`.
 
     Returns
     -------

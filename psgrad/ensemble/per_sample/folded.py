@@ -17,7 +17,7 @@ from psgrad.ensemble.interpreter import FoldedGraph
 from psgrad.ensemble.layers import Computed
 from psgrad.ensemble.members import with_tensors
 from psgrad.ensemble.per_sample.use import MemberUse
-from psgrad.ensemble.randomness import MemberRandomness, without_trace
+from psgrad.ensemble.randomness import MemberRandomness, put_back_after
 from psgrad.ensemble.value import Value
 from psgrad.layers import rule_for
 
@@ -93,7 +93,7 @@ class FoldedCapture:
         some, _, some_rows = next(other_numbers_of_samples(batch_first, None, rows, self._rows_per_sample))
         some = [x.movedim(0, 1) if own and x.ndim > 1 else x for x in some]
         try:
-            with torch.no_grad(), without_trace(self._stacked, randomness):
+            with torch.no_grad(), put_back_after(self._stacked, randomness):
                 for batch, self._rows in ((inputs, rows), (some, some_rows)):
                     graph.run(values_of(batch, own, graph.members), randomness, self._run_layer)
         except Exception as error:  # whatever a model may raise on another number of samples
