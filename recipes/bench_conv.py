@@ -29,11 +29,11 @@ from psgrad.bench import conv_report, machine, report
 from psgrad.bench.acceptance import looks_like_a_miss
 from psgrad.bench.case_sets import CASE_SETS, QUICK_CASES
 from psgrad.bench.cases import ConvCase
+from psgrad.bench.rates import device_rates
 from psgrad.bench.rules import LEAST_SPEED, RULE_CASES, measure_rule_case, slower_than_asked
 from psgrad.bench.sweep import Cell, DType, Result, Setting, measure, remeasure
 from psgrad.conv.planner import DeviceRates
 from psgrad.conv.processor import Processor, processor
-from psgrad.conv.rates import device_rates
 from recipes.config import Settings, from_command_line
 from recipes.runs import Interruptible, writable
 

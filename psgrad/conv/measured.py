@@ -24,7 +24,7 @@ from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.processor import processor
 from psgrad.conv.strategies import STRATEGIES, Verb
 
-__all__ = ["cache_file", "measure"]
+__all__ = ["cache_file", "machine_key", "measure"]
 
 SCHEMA = 1
 """Of the file; one with another number is not read."""
@@ -132,7 +132,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _machine(device: torch.device) -> str:
+def machine_key(device: torch.device) -> str:
     """What a timing depends on besides the problem."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -147,7 +147,7 @@ def _key(problem: WeightGradProblem, verb: Verb) -> str:
         (problem.samples, problem.rows_per_sample, g.groups, problem.out_per_group, problem.in_per_group),
         (problem.input_size, problem.output_size, g.kernel_size, g.stride, g.symmetric_padding, g.dilation),
     )
-    return f"{_machine(problem.device)} | {verb} {problem.dtype} {numbers}"
+    return f"{machine_key(problem.device)} | {verb} {problem.dtype} {numbers}"
 
 
 class _Choices:

@@ -14,8 +14,8 @@ from typing import get_args
 import pytest
 
 from psgrad import ConfigError
+from psgrad.bench import rates
 from psgrad.bench.case_sets import CASE_SETS
-from psgrad.conv import rates
 from psgrad.conv.planner import DeviceRates
 from psgrad.conv.processor import Processor
 from recipes import bench_conv

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from psgrad.conv.half import is_emulated
-from psgrad.conv.measured import UNREADABLE, _machine, cache_file
+from psgrad.conv.measured import UNREADABLE, cache_file, machine_key
 from psgrad.conv.planner import DeviceRates
 
 __all__ = ["device_rates", "measure_rates", "rates_file"]
@@ -51,7 +51,7 @@ def device_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
     device = torch.device(device)
     allowed = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     tf32 = ", tf32" if allowed else ""
-    key = f"{_machine(device)} | {dtype}{tf32}"
+    key = f"{machine_key(device)} | {dtype}{tf32}"
     path = rates_file()
     known = _read(path)
     if key not in known:

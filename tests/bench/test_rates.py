@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from psgrad.conv import rates
+from psgrad.bench import rates
 from psgrad.conv.planner import DeviceRates
 
 KNOWN = DeviceRates(flops=2.0e11, bytes=1.0e10, call=2.0e-6)
