@@ -145,7 +145,8 @@ def sample_norms(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """Every training sample's gradient norm `[N]`; the model's gradients are cleared."""
     parts = []
     with GradNorms(model, "sum") as monitor:
-        for part_x, part_y in zip(x.split(500), labels.split(500), strict=True):
+        parts_of_both = zip(x.split(500), labels.split(500), strict=True)
+        for part_x, part_y in tqdm(parts_of_both, desc="norms", total=-(-len(x) // 500), unit="part"):
             F.cross_entropy(model(part_x), part_y, reduction="sum").backward()
             parts.append(monitor.norms)
             model.zero_grad()

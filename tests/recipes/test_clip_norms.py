@@ -27,6 +27,7 @@ def test_one_epoch_leaves_metrics_checkpoint_and_picture(tmp_path, capsys):
     for way in ("ordinary", "clipped"):
         assert re.search(rf"{way}: test accuracy [\d.]+%; a wrong label has the longer gradient", out.out)
         assert re.search(rf"{way}: 100%.*accuracy=[\d.]+%", out.err)
+    assert "norms: 100%" in out.err
 
 
 def test_labels_are_wrong_as_often_as_asked_and_never_by_chance_right():
