@@ -52,6 +52,8 @@ SetName = Literal[
     "video-conv3d",
     "tiny",
 ]
+WRITE_EVERY = 20
+"""Settings after which the report is written: what a run that is killed leaves."""
 SHARE_FOR_AGAIN = 0.2
 """Of the time, for measuring again what looked like a miss."""
 QUICK_MINUTES = 1.6
@@ -120,10 +122,19 @@ def main(argv: list[str] | None = None) -> int:
     about = {**machine.describe(settings.device), "rounds": f"up to {settings.rounds}, more where repeated"}
     out = writable(settings.out or default_folder(settings, processor(), about["machine"]))
     rates = {dtype: rates_in(dtype, settings.device) for dtype in settings.dtypes}
+    for dtype, rate in rates.items():
+        about[f"rates, {dtype}"] = (
+            f"{rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, {1e6 * rate.call:.1f} us a call"
+        )
     todo, left_out = select(settings)
     end = begun + 60 * (QUICK_MINUTES if settings.quick else settings.minutes)
     again_from = end - SHARE_FOR_AGAIN * (end - time.monotonic())
     cells: list[Cell] = []
+
+    def write(note: str = "") -> None:
+        about["taken"] = f"{(time.monotonic() - begun) / 60:.1f} minutes{note}"
+        conv_report.write(in_order(cells, settings), out, about=about, rates=rates, left_out=left_out)
+
     with fresh_choices(), Interruptible() as interrupt:
         with tqdm(todo, desc="bench", unit="layer") as bar:
             for i, setting in enumerate(bar):
@@ -145,21 +156,14 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 if interrupt.asked:
                     break
+                if (i + 1) % WRITE_EVERY == 0:
+                    write(", not all was measured yet")
         cells = measure_again(cells, end, settings.device, interrupt)
     if interrupt.asked:
         print("interrupted; this is what was measured")
     if not cells:
         raise ConfigError("nothing was measured")
-    cells = in_order(cells, settings)
-
-    about["taken"] = f"{(time.monotonic() - begun) / 60:.1f} minutes" + (
-        ", interrupted" if interrupt.asked else ""
-    )
-    for dtype, rate in rates.items():
-        about[f"rates, {dtype}"] = (
-            f"{rate.flops / 1e9:.0f} GFLOP/s, {rate.bytes / 1e9:.1f} GB/s, {1e6 * rate.call:.1f} us a call"
-        )
-    conv_report.write(cells, out, about=about, rates=rates, left_out=left_out)
+    write(", interrupted" if interrupt.asked else "")
     print(conv_report.acceptance_table(cells))
     print(f"\n{len(cells)} cases, {len(left_out)} settings left out; written to {out}")
     return 0

@@ -78,6 +78,26 @@ def test_ctrl_c_keeps_what_was_measured(
         bench_conv.main(arguments)
 
 
+def test_a_run_that_is_killed_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = bench_conv.measure, []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(bench_conv, "measure", killed)
+    monkeypatch.setattr(bench_conv, "WRITE_EVERY", 2)
+    with pytest.raises(MemoryError):
+        bench_conv.main([*TINY, "--verbs", "grads", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert len(record["cells"]) == 2
+    assert "not all" in record["about"]["taken"]
+
+
 def test_what_looks_like_a_miss_is_measured_again_and_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
