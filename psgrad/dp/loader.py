@@ -39,6 +39,7 @@ class PoissonLoader(DPDataLoader):
     def __init__(self, source: DataLoader[Any], optimizer: PrivateOptimizer) -> None:
         self.sample_rate, self.distributed = sample_rate_of(source), False
         self._optimizer = optimizer
+        optimizer.batches.expected = True
         DataLoader.__init__(  # not Opacus's, which makes a sampler that tells nobody
             self,
             dataset=source.dataset,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from psgrad.clipping import ClipPerSample
 from psgrad.dp.accounting import load_spent
 from psgrad.dp.arguments import refuse_closures, refuse_half_precision
+from psgrad.dp.batches import SampledBatches
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
 from psgrad.errors import ConfigError
 
@@ -102,7 +102,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._seen = 0  # backward passes of this logical step that a step() has put by
         self._before_batch: int | None = None  # those waiting for a step when a batch was drawn
-        self._sampled: list[int] | None = None  # sizes of a loader's batches whose steps are still to come
+        self.batches = SampledBatches()
+        """What the loader of this optimizer's batches tells."""
         self._hooks: list[Callable[[PrivateOptimizer], None]] = []
         self._in_step = False
         optimizer.register_step_pre_hook(self._refuse_bare_step)
@@ -177,26 +178,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "the sum by twice its bound. Call step() after every batch; what is too large at once goes "
                 "through backward in parts, or through BatchMemoryManager"
             )
-        if self._sampled is not None:
-            self._check_samples(self._sampled)
-        self._seen = passes
-
-    def _check_samples(self, sampled: list[int]) -> None:
-        if not sampled:
-            raise ConfigError(
-                "a step on no new batch of the loader: epsilon counts on a batch sampled anew for each step. "
-                "Take one step a batch, and iterate over the loader once more for a further pass: "
-                "itertools.cycle(loader) and list(loader) keep the batches of the first"
-            )
         gathered = self.clip.gathered.samples // self.clip.gradients_per_sample
-        if gathered > max(sampled):  # one may be sampled ahead
-            warnings.warn(
-                f"a step of {gathered} samples, on a batch of {max(sampled)} of the loader. A sample that "
-                "went through backward twice (two losses, a second view, windows of a sequence) changes the "
-                "sum by twice its bound, to which noise is not scaled: add up its losses and call backward "
-                "once, or make its rows one sample by rows_per_sample. Rows from elsewhere do no harm",
-                stacklevel=4,
-            )
+        self.batches.check(gathered, stacklevel=4)
+        self._seen = passes
 
     def step_empty(self) -> None:
         """Make the step of a batch without samples: noise only, accounted as every other.
@@ -220,8 +204,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         `step()` refuses to be called more often than that, and warns of more samples than there are.
         """
-        assert self._sampled is not None  # a pass has begun
-        self._sampled.append(samples)
+        self.batches.sampled(samples)
 
     def batch_drawn(self) -> None:
         """Tell that a loader yields the next logical batch: `step()` refuses gradients from two."""
@@ -230,7 +213,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def pass_begins(self) -> None:
         """Tell that a loader starts a pass: what an interrupted logical step left behind is forgotten."""
-        self._sampled = []
+        self.batches.pass_begins()
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -252,8 +235,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         for p in self.parameters:
             p.grad = self._sums.pop(p, None)
         self._seen, self._before_batch = 0, None
-        if self._sampled:
-            del self._sampled[0]
+        self.batches.step_made()
         add_gaussian_noise(self.parameters, sigma, gathered.l2_bound, self.generator)
         for p in self.parameters:
             assert p.grad is not None

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from psgrad import CaptureError, ConfigError
 from psgrad.dp import PrivacyEngine
+from tests.dp import problems
 from tests.dp.problems import backward, flat, in_parts, loader_of, network, private, train
 
 
@@ -120,6 +121,21 @@ def test_more_samples_than_were_drawn_are_reported():
         told = [str(w.message) for w in caught if "twice its bound" in str(w.message)]
         assert len(told) == views - 1
         assert not told or f"{2 * len(x)} samples, on a batch of {len(x)}" in told[0]
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_batches_of_the_original_loader_are_reported_once(poisson):
+    original = loader_of()
+    model, optimizer, loader = private(loader=original, poisson_sampling=poisson)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, original)
+    told = [w for w in caught if "did not come from the loader" in str(w.message)]
+    assert len(told) == poisson
+    assert all(w.filename == problems.__file__ for w in told)  # where step() was called
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, loader)
 
 
 def twice(samples):
