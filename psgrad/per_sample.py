@@ -51,7 +51,8 @@ class PerSampleGrads:
     Warns
     -----
     UserWarning
-        Once, where a mean divides by class weights or by the number of targets that are not ignored.
+        Once, where a mean divides by class weights or by the number of targets that are not ignored; and once
+        where the first batch shows that the loss mixes samples.
 
     Examples
     --------

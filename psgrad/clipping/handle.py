@@ -329,8 +329,8 @@ def clip_per_sample(
     ConfigError
         If the style, max_norm, loss_reduction or memory_budget is unknown or out of range, or an ensemble is
         given a memory_budget. In `backward`, where the loss's graph shows that it is not what was said, or is
-        a mean over what depends on the whole batch: class weights, ignored targets (`psgrad.loss`). Of an
-        ensemble, `Ensemble.loss` raises.
+        a mean over what depends on the whole batch: class weights, ignored targets (`psgrad.loss`; of an
+        ensemble, `Ensemble.loss` raises), and on the first batch where the loss mixes samples.
     RefusedModelError
         If the model mixes samples, has nothing to train, or has a layer without per-sample gradients.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from psgrad.errors import ConfigError
 from psgrad.loss import starts
 from psgrad.loss.marks import mark
+from psgrad.loss.mixing import heads_of
 from psgrad.loss.reduction import LossReduction
 from psgrad.loss.terms import Term, terms_of
 
@@ -29,9 +31,9 @@ class LossCheck:
     loss_reduction
         What was said.
     samples_must_not_mix
-        Whether a mean by a divisor that depends on the whole batch (class weights, ignored targets) raises,
-        because another sample would change what a sample contributes, or warns once, because norms would be
-        off by a factor.
+        Whether a loss that mixes samples raises, as does a mean by a divisor that depends on the whole batch
+        (class weights, ignored targets), because another sample would change what a sample contributes; or
+        warns once, because norms would be others, or off by a factor.
 
     """
 
@@ -40,6 +42,7 @@ class LossCheck:
         self._strict = samples_must_not_mix
         self._warned = self._looked = False
         self._last: object = None  # a member's loss
+        self._unseen = BATCHES  # of so many at most it is looked at whether samples are mixed
 
     def watch(self) -> None:
         """Look from now on."""
@@ -52,6 +55,8 @@ class LossCheck:
     def mark(self, out: Any, samples: int, rows: int, members: tuple[int, ...] = ()) -> None:
         """Take `out`, of N > 0 samples in so many rows, for what the losses are over; of (K,) members."""
         mark(out, self, samples, rows, members)
+        if self._unseen and samples > 1:
+            _unsure.add(self)
 
     def asks(self, loss: object, on_device: bool) -> bool:
         """Whether a member's loss is to be called: another one than last, or the first that is to wait."""
@@ -104,6 +109,34 @@ class LossCheck:
         if self._said == "mean":
             self._judge_divisors(terms)
 
+    def judge_mixing(self, mixes: bool | None) -> None:
+        """Raise if a loss mixes samples; where that was not to be told, have the next ones looked at.
+
+        Raises
+        ------
+        ConfigError
+            As said, with what to do.
+
+        """
+        _unsure.discard(self)
+        self._unseen = self._unseen - 1 if mixes is None else 0
+        if not mixes:
+            return
+        effect = (
+            "one sample more would change the others' gradients too, and no bound on it would hold"
+            if self._strict
+            else "a sample's gradient, and its norm, depend on who else is in the batch"
+        )
+        what = (
+            "the loss mixes samples (it compares them, or has a softmax, a centre or a root over the batch): "
+            f"{effect}. Take a loss that is a sum over samples, each with its own outputs alone; compare a "
+            "sample with public data, or with its own variants, which rows_per_sample makes one sample"
+        )
+        if self._strict:
+            self._unseen = BATCHES  # for who goes on
+            raise ConfigError(what)
+        warnings.warn(what, stacklevel=2)
+
     def _judge_divisors(self, terms: list[Term]) -> None:
         divided = [term for term in terms if hasattr(term.node, "_saved_total_weight")]
         # To look at what is not on the CPU is to wait for it: once.
@@ -137,6 +170,12 @@ class LossCheck:
 
 LARGEST_FACTOR = 1000.0
 """Beyond, a sample's loss is multiplied on behalf of its dtype, not of its meaning."""
+
+BATCHES = 3
+"""How many of a handle's losses are differentiated twice, until one shows whether samples are mixed."""
+
+_unsure: weakref.WeakSet[LossCheck] = weakref.WeakSet()
+"""Whose next loss is to be differentiated twice."""
 
 ADVICE = {"mean": "average", "sum": "sum"}
 
@@ -178,3 +217,10 @@ def _look(roots: list[Tensor]) -> None:
                 by_check.setdefault(check, []).append(term)
     for check, terms in by_check.items():
         check.judge(terms)
+    if _unsure:
+        for head in heads_of(roots):
+            found = {output.check() for output in head.outputs.values()}
+            checks = [check for check in found if check is not None and check in _unsure]
+            mixes = head.mixes() if checks else None
+            for check in checks:
+                check.judge_mixing(mixes)

@@ -81,6 +81,8 @@ class MemberCapture:
         ]
         shadow_forward(ensemble, self._run)
         follow_inputs(self)
+        if loss is not None:
+            loss.watch()
 
     @property
     def gradients_per_sample(self) -> int:
@@ -105,6 +107,8 @@ class MemberCapture:
     def remove(self) -> None:
         """Give the ensemble back as it was. Twice is as good as once."""
         unfollow_inputs(self)
+        if self._loss is not None:
+            self._loss.unwatch()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
