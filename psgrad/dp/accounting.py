@@ -7,13 +7,32 @@ import math
 import warnings
 from typing import Any
 
-from opacus.accountants import PRVAccountant
+from opacus.accountants import PRVAccountant, create_accountant
 from opacus.accountants.accountant import IAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from psgrad.errors import ConfigError
 
-__all__ = ["PRVAccountant", "epsilon_spent", "load_spent", "noise_multiplier_for"]
+__all__ = ["PRVAccountant", "accountant_named", "epsilon_spent", "load_spent", "noise_multiplier_for"]
+
+
+def accountant_named(mechanism: str) -> IAccountant:
+    """Return a new accountant that has recorded nothing.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of this name, or it is an approximation that can report less than is spent.
+
+    """
+    if mechanism == "gdp":
+        raise ConfigError(
+            'accountant="gdp" is an approximation that can report less than what is spent: use "prv"'
+        )
+    try:
+        return create_accountant(mechanism=mechanism)
+    except ValueError as err:
+        raise ConfigError(f'accountant {mechanism!r}: there are "prv" and "rdp"') from err
 
 
 def noise_multiplier_for(

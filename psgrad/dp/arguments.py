@@ -15,13 +15,18 @@ from psgrad.clipping import ClippingStyle, PerLayer, as_style
 from psgrad.errors import ConfigError, RefusedModelError
 
 __all__ = [
+    "MODES",
     "MaxGradNorm",
     "expected_batch_size",
     "refuse_closures",
     "refuse_distributed",
     "refuse_half_precision",
+    "refuse_options",
     "style_of",
 ]
+
+MODES = ("hooks", "functorch", "ew", "ghost")
+"""Opacus's ways of computing: here all are the planner's, and "ghost" returns the criterion as well."""
 
 MaxGradNorm = float | Sequence[float] | ClippingStyle
 
@@ -111,4 +116,26 @@ def refuse_half_precision(trainable: Mapping[str, nn.Parameter]) -> None:
             f"{half[0]!r} ({len(half)} of {len(trainable)} parameters) is of half precision, in which one "
             "sample changes the clipped sum by more than the bound that noise is scaled to: keep parameters "
             "in float32, and run the model under bfloat16 autocast"
+        )
+
+
+def refuse_options(batch_first: bool, rand_on_empty: bool, mode: str, unknown: Mapping[str, Any]) -> None:
+    """Raise for options of Opacus that are not offered here, and for what is no option.
+
+    Raises
+    ------
+    ConfigError
+        As said, by name.
+
+    """
+    if not batch_first:
+        raise ConfigError("batch_first=False: axis 0 of every input must be the batch; transpose it")
+    if rand_on_empty:
+        raise ConfigError("rand_on_empty=True is not needed: an empty batch is a step of noise")
+    if mode not in MODES:
+        raise ConfigError(f"grad_sample_mode {mode!r}: there are {', '.join(MODES)}")
+    if unknown:
+        raise ConfigError(
+            f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "
+            "style: max_grad_norm=psgrad.clipping.AdaptiveQuantile(...)"
         )

@@ -8,25 +8,28 @@ from collections.abc import Callable
 from typing import IO, Any, BinaryIO
 
 import torch
-from opacus.accountants import create_accountant
+from opacus.accountants.accountant import IAccountant
 from opacus.data_loader import DPDataLoader
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from psgrad.clipping import ClipPerSample, as_style, check_loss_reduction
-from psgrad.dp.accounting import epsilon_spent, load_spent, noise_multiplier_for
-from psgrad.dp.arguments import MaxGradNorm, expected_batch_size, refuse_distributed, style_of
+from psgrad.dp.accounting import accountant_named, epsilon_spent, load_spent, noise_multiplier_for
+from psgrad.dp.arguments import (
+    MaxGradNorm,
+    expected_batch_size,
+    refuse_distributed,
+    refuse_options,
+    style_of,
+)
 from psgrad.dp.checkpoints import from_opacus
-from psgrad.dp.loader import PoissonLoader, sample_rate_of
+from psgrad.dp.loader import PoissonLoader, sample_rate_of, share_of_batch
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.loss import LossReduction
 
 __all__ = ["PrivacyEngine"]
-
-MODES = ("hooks", "functorch", "ew", "ghost")
-"""Opacus's ways of computing: here all are the planner's, and "ghost" returns the criterion as well."""
 
 Path = str | os.PathLike[str] | BinaryIO | IO[bytes]
 
@@ -66,21 +69,35 @@ class PrivacyEngine:
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
-        if accountant == "gdp":
-            raise ConfigError(
-                'accountant="gdp" is an approximation that can report less than what is spent: use "prv"'
-            )
         if secure_mode:
             raise ConfigError(
                 "secure_mode=True is not offered: noise is seeded from the operating system's source, "
                 "see psgrad.dp.noise_generator"
             )
-        try:
-            self.accountant = create_accountant(mechanism=accountant)
-        except ValueError as err:
-            raise ConfigError(f'accountant {accountant!r}: there are "prv" and "rdp"') from err
+        self._accountant = accountant_named(accountant)
         self._mechanism = accountant
-        self._not_poisson = False
+        self._in_use = self._not_poisson = False
+
+    @property
+    def accountant(self) -> IAccountant:
+        """Who records the steps. Another one can be set before `make_private`.
+
+        Raises
+        ------
+        ConfigError
+            After that, when it is set: what the optimizers' steps spend would not be in it.
+
+        """
+        return self._accountant
+
+    @accountant.setter
+    def accountant(self, accountant: IAccountant) -> None:
+        if self._in_use:
+            raise ConfigError(
+                "accountant is set after make_private: the optimizer goes on telling the one it was made "
+                "with, and get_epsilon would not count its steps. Set it before, or use a new PrivacyEngine"
+            )
+        self._accountant = accountant
 
     def make_private(
         self,
@@ -134,7 +151,7 @@ class PrivacyEngine:
         noise_generator
             A seeded generator makes a run repeatable, and its noise known to whoever knows the seed.
         grad_sample_mode
-            One of `MODES`.
+            One of `psgrad.dp.arguments.MODES`.
         rand_on_empty
             Opacus's: an empty batch is filled with random numbers. Refused: it is not needed.
         wrap_model
@@ -159,7 +176,7 @@ class PrivacyEngine:
             If the module mixes samples, has nothing to train, or is wrapped for distributed training.
 
         """
-        self._refuse(batch_first, rand_on_empty, grad_sample_mode, unknown)
+        refuse_options(batch_first, rand_on_empty, grad_sample_mode, unknown)
         refuse_distributed(module)
         if not module.training:
             raise ConfigError("the module is in evaluation mode: call module.train() first")
@@ -168,7 +185,7 @@ class PrivacyEngine:
         style = style_of(module, max_grad_norm, clipping)
         poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
         # Where it is no sampling rate, get_epsilon says so.
-        sample_rate = sample_rate_of(data_loader) if poisson else 1 / len(data_loader)
+        sample_rate = (sample_rate_of if poisson else share_of_batch)(data_loader)
         clip = ClipPerSample(
             module, style, loss_reduction, rows_per_sample, into_sum=True, memory_budget=memory_budget
         )
@@ -187,6 +204,7 @@ class PrivacyEngine:
         except BaseException:  # the data set's own among them
             clip.remove()
             raise
+        self._in_use = True
         self._not_poisson |= not poisson
         if grad_sample_mode == "ghost":
             return module, private, criterion or nn.CrossEntropyLoss(reduction=loss_reduction), loader
@@ -378,17 +396,3 @@ class PrivacyEngine:
                 "before, Ensemble.from_factory(lambda: PrivacyEngine.get_compatible_module(make_model()))"
             )
         return ModuleValidator.fix(module)
-
-    @staticmethod
-    def _refuse(batch_first: bool, rand_on_empty: bool, mode: str, unknown: dict[str, Any]) -> None:
-        if not batch_first:
-            raise ConfigError("batch_first=False: axis 0 of every input must be the batch; transpose it")
-        if rand_on_empty:
-            raise ConfigError("rand_on_empty=True is not needed: an empty batch is a step of noise")
-        if mode not in MODES:
-            raise ConfigError(f"grad_sample_mode {mode!r}: there are {', '.join(MODES)}")
-        if unknown:
-            raise ConfigError(
-                f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "
-                "style: max_grad_norm=psgrad.clipping.AdaptiveQuantile(...)"
-            )

@@ -13,7 +13,7 @@ from psgrad.dp.collation import WithEmptyBatches
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.errors import ConfigError
 
-__all__ = ["PoissonLoader", "sample_rate_of"]
+__all__ = ["PoissonLoader", "sample_rate_of", "share_of_batch"]
 
 
 class PoissonLoader(DPDataLoader):
@@ -119,5 +119,29 @@ def sample_rate_of(source: DataLoader[Any]) -> float:
             "torch.utils.data.Subset; against imbalance weigh the loss"
         )
     if not len(source):
-        raise ConfigError("the loader has no batches: the data set is empty, or drop_last leaves none")
+        raise ConfigError(NO_BATCHES)
     return 1 / len(source)
+
+
+def share_of_batch(source: DataLoader[Any]) -> float:
+    """Return which part of the data a batch of the loader is, where it is to be left as it is.
+
+    Raises
+    ------
+    ConfigError
+        If that is not known, or there are no batches.
+
+    """
+    try:
+        batches, _ = len(source), len(source.dataset)  # type: ignore[arg-type]  # sized
+    except TypeError as error:
+        raise ConfigError(
+            f"the data set is iterable and of no known length ({error}), and the noisy sum is divided by the "
+            "expected batch size: give its class a __len__, or use a map-style data set"
+        ) from error
+    if not batches:
+        raise ConfigError(NO_BATCHES)
+    return 1 / batches
+
+
+NO_BATCHES = "the loader has no batches: the data set is empty, or drop_last leaves none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +80,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise ConfigError('private steps add up clipped sums: clip with loss_reduction="sum"')
         if not expected_batch_size > 0:
             raise ConfigError(f"expected_batch_size must be positive, got {expected_batch_size}")
-        if not noise_multiplier >= 0:
-            raise ConfigError(f"noise_multiplier must be 0 or more, got {noise_multiplier}")
+        if not 0 <= noise_multiplier < math.inf:
+            raise ConfigError(f"noise_multiplier must be finite and 0 or more, got {noise_multiplier}")
         # Not torch's own __init__: groups, state and hooks are the inner optimizer's.
         optimizer = getattr(optimizer, "original_optimizer", optimizer)  # a private one, given once more
         self.original_optimizer = optimizer
@@ -95,7 +96,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.noise_multiplier = noise_multiplier
         self._expected_batch_size = expected_batch_size
         self._divisor = expected_batch_size if divisor is None else divisor
-        self.accountant = accountant
+        self._accountant = accountant
         self.sample_rate = sample_rate
         self.generator = generator or noise_generator(self.parameters[0].device)
         self._physical: list[bool] = []
@@ -274,6 +275,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.register_step_post_hook(hook)
 
     _step_supports_amp_scaling = True  # makes GradScaler show itself, in `found_inf`
+
+    @property
+    def accountant(self) -> IAccountant:
+        """Who is told of every step: the same from the first to the last."""
+        return self._accountant
 
     @property
     def accumulated_iterations(self) -> int:

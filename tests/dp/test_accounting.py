@@ -8,7 +8,8 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from psgrad import ConfigError
-from psgrad.dp import PRVAccountant, epsilon_spent, noise_multiplier_for
+from psgrad.dp import PrivacyEngine, PRVAccountant, epsilon_spent, noise_multiplier_for
+from tests.dp.problems import private, train
 
 
 @pytest.mark.parametrize(("epsilon", "rate", "steps"), [(3.0, 0.5, 60), (1.0, 0.01, 500), (8.0, 1.0, 20)])
@@ -64,3 +65,17 @@ def test_impossible_targets_name_the_number(wrong):
     right = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.1, "steps": 10}
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
         noise_multiplier_for(**right | wrong)
+
+
+def test_the_accountant_of_what_is_private_stays():
+    """Another one would not know of the steps: an epsilon of 0."""
+    engine = PrivacyEngine()
+    engine.accountant = told = PRVAccountant()
+    model, optimizer, loader = private(engine)
+    with pytest.raises(ConfigError, match="accountant is set after make_private"):
+        engine.accountant = PRVAccountant()
+    with pytest.raises(AttributeError, match="accountant"):
+        optimizer.accountant = PRVAccountant()
+    train(model, optimizer, loader)
+    assert engine.accountant is optimizer.accountant is told
+    assert engine.get_epsilon(1e-5) > 0

@@ -211,3 +211,8 @@ def test_what_would_not_be_private_is_refused():
         for name in ("noise_multiplier", "expected_batch_size"):
             with pytest.raises(ConfigError, match=name):
                 PrivateOptimizer(torch.optim.SGD(model.parameters()), clip, **numbers | {name: -1})
+        for noise in (torch.inf, torch.nan):
+            with pytest.raises(ConfigError, match="noise_multiplier must be finite"):
+                PrivateOptimizer(
+                    torch.optim.SGD(model.parameters()), clip, **numbers | {"noise_multiplier": noise}
+                )

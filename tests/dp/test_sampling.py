@@ -195,6 +195,16 @@ def test_a_loader_that_samples_otherwise_is_refused_not_replaced(loader, match):
         private(loader=loader)
 
 
+def test_a_stream_of_unknown_length_is_refused_by_name():
+    unsized = DataLoader(type("Unsized", (IterableDataset,), {"__iter__": Stream.__iter__})(), 4)
+    with pytest.raises(ConfigError, match=r"no known length.*expected batch size"):
+        private(loader=unsized, poisson_sampling=False)
+    _, optimizer, _ = private(loader=DataLoader(Stream(), 2), poisson_sampling=False)
+    assert optimizer.expected_batch_size == 2
+    with pytest.raises(ConfigError, match="no batches"):
+        private(loader=DataLoader(DATA, 32, drop_last=True), poisson_sampling=False)
+
+
 def test_a_part_of_the_data_is_a_data_set():
     model = network()
     _, _, loader = PrivacyEngine().make_private(
