@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from psgrad.ensemble.members import changed_settings, member_of, tensors_of
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.randomness import GlobalStates, given_back
+from psgrad.ensemble.trace import settings_key
 from psgrad.errors import MemberError
 from psgrad.graph import nodes_of
 
@@ -29,7 +30,7 @@ def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
 
     """
     member = member_of(stacked, 0)
-    before, states = versions(inputs), GlobalStates()
+    before, settings, states = versions(inputs), settings_key(stacked), GlobalStates()
     try:
         with given_back(), saved_tensors_hooks(Tensor.detach, lambda t: t):
             returned = member(*(part_of(value, 0) if own else value for value in inputs))
@@ -47,6 +48,11 @@ def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
         raise MemberError(
             f"forward makes or removes {', '.join(sorted(made))}: register it as a tensor of its shape in"
             " __init__, and change it in place"
+        )
+    if settings_key(stacked) != settings:
+        raise MemberError(
+            "forward changes an object that copies of the module share, which every member would find as the"
+            " one before left it: keep state in a registered buffer and change it in place"
         )
     changed = changed_settings(stacked, member)
     if changed:

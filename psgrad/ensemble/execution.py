@@ -15,7 +15,7 @@ from psgrad.ensemble.loop import call_members, stacked_results
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.plan import EnsemblePlan, Step
 from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, put_back_after
-from psgrad.ensemble.trace import trace_key, trace_member
+from psgrad.ensemble.trace import settings_key, trace_key, trace_member
 from psgrad.ensemble.value import Value
 
 __all__ = ["Execution", "values_of"]
@@ -40,6 +40,17 @@ convolutions and batched products of large weights are slower than as many singl
 of 64 to 1024 channels, 4 and 16 members: at 77,000 folding takes 0.8 of the loop's time, at 130,000 0.8 to
 1.5 of it, at 300,000 three times it."""
 
+_MOST_SETTINGS = 8
+"""Graphs that are kept of a module in one mode, for one kind of inputs: one a state of its settings."""
+
+_MOST_KINDS = 32
+"""Modes and kinds of inputs of which graphs are kept."""
+
+_CHANGING = (
+    f"its settings change from step to step: {_MOST_SETTINGS} graphs were made, and each serves one state of"
+    " them. A buffer in place of the setting needs one graph, strategy='folded' makes one every time"
+)
+
 _DRAWS = "forward draws random numbers from sizes alone, which a folded run would do once for all members"
 
 
@@ -59,8 +70,7 @@ class Execution:
     def __init__(self, stacked: nn.Module, strategy: str) -> None:
         self.stacked = stacked
         self.strategy = strategy
-        self._graphs: dict[Hashable, FoldedGraph | str] = {}
-        self._measures: dict[Hashable, float] = {}
+        self._graphs: dict[Hashable, dict[Hashable, FoldedGraph | str]] = {}  # by all else, by settings
         self._last: EnsemblePlan | tuple[int, str] | None = None  # a plan, or what one is made from
 
     @property
@@ -71,8 +81,8 @@ class Execution:
             self._last = EnsemblePlan(members, self._whole(why), why)
         return self._last
 
-    def refusal(self, inputs: Sequence[Any], own: bool, members: int, most: int | None = None) -> str | None:
-        """Why these inputs run member after member; None if folded, or if that is still to be checked.
+    def _graph(self, inputs: Sequence[Any], own: bool, members: int) -> FoldedGraph | str:
+        """The graph of these inputs, which may still have to be checked, or why there is none.
 
         Raises
         ------
@@ -82,20 +92,28 @@ class Execution:
         """
         if members == 1 and self.strategy != "folded":
             return "asked for" if self.strategy == "loop" else "one member: there is nothing to fold"
-        return self._refusal(self._key(inputs, own, members), inputs, own, members, most)
-
-    def _refusal(
-        self, key: Hashable, inputs: Sequence[Any], own: bool, members: int, most: int | None
-    ) -> str | None:
-        if key not in self._graphs:
+        key, settings = self._key(inputs, own, members)
+        known = self._graphs.get(key, {})
+        if settings not in known:
+            if len(known) == _MOST_SETTINGS and self.strategy != "folded":
+                last = known[next(reversed(known))]
+                return last if isinstance(last, str) else last.refusal or _CHANGING
             refuse_leaks(self.stacked, inputs, own)
-            self._graphs[key] = self._new_graph(inputs, members)
-        graph_or_why = self._graphs[key]
-        if isinstance(graph_or_why, str):
-            return graph_or_why
-        values = values_of(inputs, own, members)
-        if key in self._measures:
-            return self._slower(key, values, most)
+            known[settings] = self._new_graph(inputs, members)
+            self._graphs[key] = known
+            for kept, most in ((known, _MOST_SETTINGS), (self._graphs, _MOST_KINDS)):
+                if len(kept) > most:
+                    del kept[next(iter(kept))]
+        found = known[settings]
+        return found if isinstance(found, str) else found.refusal or found
+
+    def _not_now(
+        self, graph: FoldedGraph, inputs: Sequence[Any], own: bool, most: int | None = None
+    ) -> str | None:
+        """Why these inputs do not run by a graph; None if they do, or if that is still to be checked."""
+        values = values_of(inputs, own, graph.members)
+        if graph.growth is not None:
+            return self._slower(graph, values, most)
         # The graph is checked by its first run, and anything agrees on nothing.
         if any(not value.shape.numel() for value in values):
             return "no sample yet to check a folded run by"
@@ -112,28 +130,28 @@ class Execution:
     def checked(
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
     ) -> FoldedGraph | str:
-        """The graph by which these inputs run captured, or why they do not; a new one is run and checked."""
-        why = self.settled(inputs, own, members, randomness, _CAPTURED_ELEMENTS)
-        return self._graphs[self._key(inputs, own, members)] if why is None else why
+        """The graph by which these inputs run captured, or why they do not; a new one is checked before."""
+        return self._checked(inputs, own, members, randomness, _CAPTURED_ELEMENTS)
 
     def settled(
-        self,
-        inputs: Sequence[Any],
-        own: bool,
-        members: int,
-        randomness: MemberRandomness,
-        most: int | None = None,
+        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
     ) -> str | None:
-        """As `refusal`, after a new graph is run and checked, without a trace."""
-        if members == 1 and self.strategy != "folded":
-            return self.refusal(inputs, own, members)
-        key = self._key(inputs, own, members)
-        why = self._refusal(key, inputs, own, members, most)
-        if why is None and key not in self._measures:
+        """Why these inputs run member after member, or None; as `checked`, uncaptured."""
+        found = self._checked(inputs, own, members, randomness, None)
+        return found if isinstance(found, str) else None
+
+    def _checked(
+        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, most: int | None
+    ) -> FoldedGraph | str:
+        graph = self._graph(inputs, own, members)
+        if isinstance(graph, str):
+            return graph
+        why = self._not_now(graph, inputs, own, most)
+        if why is None and graph.growth is None:
             with put_back_after(self.stacked, randomness):
-                self._first(key, inputs, own, members, randomness)
-            why = self._refusal(key, inputs, own, members, most)
-        return why
+                self._first(graph, inputs, own, randomness)
+            why = graph.refusal or self._not_now(graph, inputs, own, most)
+        return why or graph
 
     def run_folded(
         self,
@@ -153,38 +171,34 @@ class Execution:
 
     def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""
-        why = self.refusal(inputs, own, members)
-        if why is not None:
-            return self._loop(inputs, own, members, randomness, why)
-        key = self._key(inputs, own, members)
-        if key not in self._measures:
-            found, result = self._first(key, inputs, own, members, randomness)
-            return result if found is None else self._loop(inputs, own, members, randomness, found)
-        folded, values = self._graphs[key], values_of(inputs, own, members)
-        assert isinstance(folded, FoldedGraph)
-        return self.run_folded(folded, values, randomness, None)
+        graph = self._graph(inputs, own, members)
+        why = graph if isinstance(graph, str) else self._not_now(graph, inputs, own)
+        if isinstance(graph, FoldedGraph) and why is None:
+            if graph.growth is not None:
+                return self.run_folded(graph, values_of(inputs, own, members), randomness, None)
+            result = self._first(graph, inputs, own, randomness)
+            why = graph.refusal
+            if why is None:
+                return result
+        assert why is not None
+        return self._loop(inputs, own, members, randomness, why)
 
-    def _key(self, inputs: Sequence[Any], own: bool, members: int) -> Hashable:
-        """What a graph, and that it was found right, depends on."""
+    def _key(self, inputs: Sequence[Any], own: bool, members: int) -> tuple[Hashable, Hashable]:
+        """What a graph, and that it was found right, depends on: settings, behind all else."""
         if self.strategy == "loop":  # there is no graph
-            return tuple(map(type, inputs)), members, torch.is_grad_enabled(), self.stacked.training
-        return tuple(map(_kind, inputs)), own, members, trace_key(self.stacked)
+            return (tuple(map(type, inputs)), members, torch.is_grad_enabled(), self.stacked.training), None
+        kinds = tuple(map(_kind, inputs))
+        return (kinds, own, members, trace_key(self.stacked)), settings_key(self.stacked)
 
     def _first(
-        self,
-        key: Hashable,
-        inputs: Sequence[Tensor],
-        own: bool,
-        members: int,
-        randomness: MemberRandomness,
-    ) -> tuple[str | None, Any]:
-        """Run a new graph, and members alone beside it: why it is not to be used, or None and its result."""
-        folded, values = self._graphs[key], values_of(inputs, own, members)
-        assert isinstance(folded, FoldedGraph)
+        self, graph: FoldedGraph, inputs: Sequence[Tensor], own: bool, randomness: MemberRandomness
+    ) -> Any:
+        """Run a new graph, and members alone beside it: its result, or None if it says why it is refused."""
+        members, values = graph.members, values_of(inputs, own, graph.members)
         buffers = {name: b.detach().clone() for name, b in self.stacked.named_buffers()}
         states, outside = list(randomness.states), GlobalStates()
         try:
-            result = folded.run(values, randomness)
+            result = graph.run(values, randomness)
         except Exception as error:  # the member alone fails as well, or the graph was not what runs alone
             outside.put_back()
             found: str | None = f"folded, it raises {error!r}"
@@ -193,19 +207,19 @@ class Execution:
             alone = self.stacked, members, inputs, own, result, buffers, states
             found = _DRAWS if drew else check_against_alone(*alone)
         if found is None:
-            self._measures[key] = folded.elements / max(1, _elements(values))
-            slower = self._slower(key, values)  # from the next call on; this one is done
-            steps = tuple(folded.steps) if slower is None else self._whole(slower)
+            graph.growth = graph.elements / max(1, _elements(values))
+            slower = self._slower(graph, values)  # from the next call on; this one is done
+            steps = tuple(graph.steps) if slower is None else self._whole(slower)
             self._last = EnsemblePlan(members, steps, slower)
-            return None, result
+            return result
         with torch.no_grad():
             for name, buffer in self.stacked.named_buffers():
                 buffer.copy_(buffers[name])
         randomness.set_states(states)
-        self._graphs[key] = found
-        return found, None
+        graph.refusal = found
+        return None
 
-    def _slower(self, key: Hashable, values: Sequence[Value], most: int | None = None) -> str | None:
+    def _slower(self, graph: FoldedGraph, values: Sequence[Value], most: int | None = None) -> str | None:
         """Why members one after the other are estimated to be faster; None if they are not.
 
         Pure: from the shapes alone. A step's size grows with the input, in proportion to the first run's. At
@@ -214,15 +228,14 @@ class Execution:
         on_cpu = all(value.tensor.device.type == "cpu" for value in values)
         if self.strategy == "folded" or not on_cpu:
             return None
-        graph = self._graphs[key]
-        assert isinstance(graph, FoldedGraph)
         parameters = graph.parameters
         if parameters > _FOLDED_PARAMETERS:
             return (
                 f"{parameters:,.0f} parameters a step and member; on the CPU folding wins to"
                 f" {_FOLDED_PARAMETERS:,}"
             )
-        elements = self._measures[key] * _elements(values)
+        assert graph.growth is not None
+        elements = graph.growth * _elements(values)
         why = ""
         if most is None:
             uneven = graph.uneven_channels

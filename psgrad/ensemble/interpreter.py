@@ -34,6 +34,10 @@ class FoldedGraph:
         A number of output channels of one member's convolution that is no multiple of 4, if there is one.
     elements
         How many elements a step of the last run gave one member, on average.
+    growth
+        The same of the first run for every element of its inputs, if it was found right; set from outside.
+    refusal
+        Why it is not to be used, if a run has shown that; set from outside.
 
     """
 
@@ -44,6 +48,8 @@ class FoldedGraph:
         self.members = members
         self.steps: list[Step] = []
         self.uneven_channels = _uneven_channels(stacked)
+        self.growth: float | None = None
+        self.refusal: str | None = None
         self._elements = 0
         self._parameters = sum(p.numel() for p in stacked.parameters()) / members
         self._looped: dict[fx.Node, str] = {}

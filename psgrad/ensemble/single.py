@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.ensemble.losses import scalar
-from psgrad.ensemble.members import Slots
+from psgrad.ensemble.members import Slots, changed_settings, copy_settings, member_of
 from psgrad.ensemble.randomness import MemberRandomness, snapshot
 
 __all__ = ["SingleMember"]
@@ -55,7 +55,7 @@ class SingleMember:
         Returns
         -------
         Tensor | None
-            None if the module runs forward again in `backward`; buffers and the stream are as before.
+            None if the module runs forward again in `backward`; all that it changed is as before.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class SingleMember:
     def _first(
         self, mode: Hashable, aliases: _Aliases, compute: Compute, randomness: MemberRandomness
     ) -> Tensor | None:
-        restore = snapshot(self._stacked, randomness)
+        restore, before = snapshot(self._stacked, randomness), member_of(self._stacked, 0)
         loss = self._run(aliases, compute, randomness)
         if not loss.requires_grad or not aliases.trained:
             return loss
@@ -94,12 +94,21 @@ class SingleMember:
         except Exception:  # of whatever runs in backward; members one after the other raise their own
             self._runs_again[mode] = True
             restore()
+            if changed_settings(before, self._stacked):  # a step that forward counts
+                _set_back(before, self._stacked)
             return None
         self._runs_again[mode] = False
         return loss
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SingleMember, (self._stacked,)
+
+
+def _set_back(before: nn.Module, module: nn.Module) -> None:
+    copy_settings(before, module)
+    for kept, own in zip(before.modules(), module.modules(), strict=True):
+        for name in vars(own).keys() - vars(kept).keys():
+            del own.__dict__[name]
 
 
 _place, _strides, _kind = Tensor.data_ptr, Tensor.stride, attrgetter("shape", "requires_grad")

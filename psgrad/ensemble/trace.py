@@ -57,13 +57,11 @@ _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
 
 
 def trace_key(stacked: nn.Module) -> Hashable:
-    """What the graph of a module depends on besides its inputs: modes, hooks, what is trained, settings."""
+    """What the graph of a module depends on besides inputs and settings: modes, hooks, what is trained."""
     key: list[Any] = [_switches()]
-    seen: set[int] = set()
     for module in stacked.modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
         key.append((module.training, _is_altered(module), *trained))
-        key += _settings(module, seen)
     return tuple(key)
 
 

@@ -233,6 +233,49 @@ def test_a_setting_that_changes_counts_however_it_is_held(kind: str) -> None:
     assert ens.execution.last_plan.refusal is None
 
 
+@pytest.mark.parametrize("strategy", ["auto", "folded"])
+def test_a_setting_that_changes_every_step_keeps_few_graphs(strategy: Any) -> None:
+    def build() -> nn.Module:
+        member = Member(lambda self, h: h * self.held).double()
+        member.held = 0.0
+        return member
+
+    ens = Ensemble.from_factory(build, range(3), strategy=strategy)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for step in range(12):
+        ens.stacked.held = 1.0 + step
+        assert_as_alone(ens, x)
+    refusal = ens.plan(x).refusal
+    assert refusal is None if strategy == "folded" else "settings change" in str(refusal)
+    assert sum(map(len, ens.execution._graphs.values())) == 8
+    assert ens.plan(x.float()[:, None].double()).refusal is None  # another kind of input
+
+
+class _Shared:
+    """One object in every copy of a member."""
+
+    steps = 0
+
+    def __deepcopy__(self, _: Any) -> _Shared:
+        return self
+
+
+def test_a_count_in_an_object_that_members_share_is_refused() -> None:
+    held = _Shared()
+
+    def compute(self: Any, h: Tensor) -> Tensor:
+        self.held.steps += 1
+        return h * self.held.steps
+
+    def build() -> nn.Module:
+        member = Member(compute)
+        member.held = held
+        return member
+
+    with pytest.raises(MemberError, match="copies of the module share"):
+        Ensemble.from_factory(build, range(3))(torch.randn(5, 4))
+
+
 def test_outputs_are_in_the_containers_of_the_member() -> None:
     class Returned(NamedTuple):
         out: Tensor

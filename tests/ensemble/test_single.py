@@ -254,3 +254,20 @@ def test_a_buffer_assigned_in_another_shape_is_refused(members: int) -> None:
     with pytest.raises(ValueError, match="forward replaces mean"):
         ours(ens)
     assert ens.stacked.mean.shape == (members, 5)
+
+
+class _Counting(_Own):
+    """Counts its steps."""
+
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x) / self.steps
+
+
+def test_forward_that_runs_again_counts_a_step_once() -> None:
+    ens, member = pair(lambda: _Counting(_recomputed))
+    for step in range(3):
+        assert torch.equal(ours(ens).detach(), theirs(member).detach())
+        assert ens.stacked.steps == member.steps == step + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class FoldedCapture:
         self._recorder = Recorder(consumer, check, self.anchor)
         self._rows_per_sample = rows_per_sample
         self._rows = 0
-        self._known: dict[Hashable, str | None] = {}
+        self._known: WeakKeyDictionary[FoldedGraph, dict[Hashable, str | None]] = WeakKeyDictionary()
 
     def graph_for(
         self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
@@ -77,10 +78,11 @@ class FoldedCapture:
         if isinstance(graph, str):
             return graph
         values = values_of(inputs, own, members)
-        key = graph, own, tuple((v.shape[1:], v.tensor.dtype, v.shape[:1] == (rows,)) for v in values)
-        if key not in self._known:
-            self._known[key] = self._try(graph, inputs, own, rows, randomness)
-        return self._known[key] or graph
+        key = own, tuple((v.shape[1:], v.tensor.dtype, v.shape[:1] == (rows,)) for v in values)
+        known = self._known.setdefault(graph, {})
+        if key not in known:
+            known[key] = self._try(graph, inputs, own, rows, randomness)
+        return known[key] or graph
 
     def _try(
         self, graph: FoldedGraph, inputs: Sequence[Tensor], own: bool, rows: int, randomness: MemberRandomness
