@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from psgrad.ensemble.alone import refuse_changed, refuse_leaks, versions
 from psgrad.ensemble.check import check_against_alone
-from psgrad.ensemble.interpreter import FoldedGraph, RunLayer
+from psgrad.ensemble.interpreter import FoldedGraph, RunLayer, UnlikeError
 from psgrad.ensemble.loop import call_members, stacked_results
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.plan import EnsemblePlan, Step
-from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, put_back_after
+from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, put_back_after, snapshot
 from psgrad.ensemble.trace import settings_key, trace_key, trace_member
 from psgrad.ensemble.value import Value
 
@@ -160,8 +161,22 @@ class Execution:
         randomness: MemberRandomness,
         layers: RunLayer | None,
     ) -> Any:
-        """Every member's output, by a graph of `checked`."""
-        result = graph.run(values, randomness, layers)
+        """Every member's output, by a graph of `checked`.
+
+        Raises
+        ------
+        UnlikeError
+            If members differ in more than values: the graph is refused from then on, and nothing was done.
+
+        """
+        restore = snapshot(self.stacked, randomness) if graph.may_be_unlike else None
+        try:
+            result = graph.run(values, randomness, layers)
+        except UnlikeError as error:
+            if restore is not None:
+                restore()
+            graph.refusal = str(error)
+            raise
         self._last = EnsemblePlan(graph.members, tuple(graph.steps), None)
         return result
 
@@ -174,9 +189,12 @@ class Execution:
         graph = self._graph(inputs, own, members)
         why = graph if isinstance(graph, str) else self._not_now(graph, inputs, own)
         if isinstance(graph, FoldedGraph) and why is None:
-            if graph.growth is not None:
-                return self.run_folded(graph, values_of(inputs, own, members), randomness, None)
-            result = self._first(graph, inputs, own, randomness)
+            result = None
+            if graph.growth is None:
+                result = self._first(graph, inputs, own, randomness)
+            else:
+                with suppress(UnlikeError):
+                    result = self.run_folded(graph, values_of(inputs, own, members), randomness, None)
             why = graph.refusal
             if why is None:
                 return result

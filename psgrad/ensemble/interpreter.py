@@ -17,10 +17,14 @@ from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.ensemble.trace import is_in_place
 from psgrad.ensemble.value import Value
 
-__all__ = ["FoldedGraph", "RunLayer"]
+__all__ = ["FoldedGraph", "RunLayer", "UnlikeError"]
 
 RunLayer = Callable[[str, nn.Module, Sequence[Any], Callable[[nn.Module], Computed | str]], Computed | str]
 """Runs a layer: from its path, itself, its arguments, and what computes it, or one in its place, by rule."""
+
+
+class UnlikeError(Exception):
+    """A step gave members what cannot be joined: it depends on values, and may have been alike before."""
 
 
 class FoldedGraph:
@@ -59,6 +63,11 @@ class FoldedGraph:
     def parameters(self) -> float:
         """How many parameters one member has for a step of the last run, on average."""
         return self._parameters / max(1, len(self.steps))
+
+    @property
+    def may_be_unlike(self) -> bool:
+        """Whether a step may give members tensors of different sizes: what vmap can do does not."""
+        return bool(self._looped)
 
     @property
     def elements(self) -> float:
@@ -227,9 +236,12 @@ def _stacked(value: Any) -> Any:
 
 def _joined(*results: Any) -> Any:
     if isinstance(results[0], Tensor):
+        shapes = [tuple(result.shape) for result in results]
+        if len(set(shapes)) > 1:
+            raise UnlikeError(f"members differ in the shape of a tensor: {', '.join(map(str, shapes))}")
         return Value.stacked(torch.stack(results))
     if any(result != results[0] for result in results):
-        raise ValueError(f"members differ in what is no tensor: {results}")
+        raise UnlikeError(f"members differ in what is no tensor: {results}")
     return results[0]
 
 

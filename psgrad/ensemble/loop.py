@@ -22,7 +22,8 @@ def stacked_results(results: Sequence[Any]) -> Any:
     Raises
     ------
     MemberError
-        If members return different numbers or strings, or what may hold tensors and is no tree of them.
+        If members return different shapes, numbers or strings, or what may hold tensors and is no tree of
+        them.
 
     """
     return tree_map(_stacked, *results)
@@ -31,6 +32,12 @@ def stacked_results(results: Sequence[Any]) -> Any:
 def _stacked(*values: Any) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
+        shapes = [tuple(value.shape) for value in values]
+        if len(set(shapes)) > 1:
+            raise MemberError(
+                f"members return tensors of different shapes, {', '.join(map(str, shapes))}, which cannot be"
+                " stacked: use ens.loss with strategy='loop', whose loss function gets each member's own"
+            )
         return torch.stack(values)
     if not isinstance(first, (*_SAME, type(None))):
         raise MemberError(

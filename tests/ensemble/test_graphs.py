@@ -276,6 +276,48 @@ def test_a_count_in_an_object_that_members_share_is_refused() -> None:
         Ensemble.from_factory(build, range(3))(torch.randn(5, 4))
 
 
+def _of_positive(self: Any, h: Tensor) -> Tensor:
+    return torch.dropout(self.second(h), 0.5, self.training) * h[h > 0].sum()
+
+
+def _twins(compute: Any) -> Ensemble:
+    """Members alike in all but the gain, which is in the way of nothing."""
+    ens = Ensemble.from_factory(lambda: nn.Sequential(nn.BatchNorm1d(4), Member(compute)), range(3))
+    with torch.no_grad():
+        for p in ens.parameters():
+            p.copy_(p[:1].expand_as(p).clone())
+    return ens
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_members_that_come_to_differ_in_sizes_run_one_after_the_other(called: bool) -> None:
+    ens, x = _twins(_of_positive), torch.randn(5, 4)
+    assert ens.plan(x).refusal is None
+    ens(x)
+    with torch.no_grad():
+        ens.stacked[1].first.bias.copy_(torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 4))
+    alone = [ens.member(k) for k in range(3)]
+    states = [state.clone() for state in ens.randomness.states]
+    found = ens(x) if called else ens.loss(lambda out, _: out.sum(), x, None)
+    for k, member in enumerate(alone):
+        with torch.random.fork_rng():
+            torch.set_rng_state(states[k])
+            expected = member(x)
+        torch.testing.assert_close(found[k], expected if called else expected.sum())
+        torch.testing.assert_close(ens.stacked[0].running_mean[k], member[0].running_mean)
+    assert "differ in the shape" in str(ens.plan(x).refusal)
+
+
+def test_results_of_different_sizes_are_refused_by_what_they_are() -> None:
+    ens, x = _twins(lambda _, h: h[h > 0]), torch.randn(5, 4)
+    ens(x)
+    with torch.no_grad():
+        ens.stacked[1].first.bias.copy_(torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 4))
+    with pytest.raises(MemberError, match=r"different shapes.*ens\.loss"):
+        ens(x)
+    assert ens.loss(lambda out, _: out.mean(), x, None).shape == (3,)
+
+
 def test_outputs_are_in_the_containers_of_the_member() -> None:
     class Returned(NamedTuple):
         out: Tensor

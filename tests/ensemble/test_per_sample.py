@@ -166,3 +166,35 @@ def test_what_is_not_finite_stays_where_it_is_bitwise(name: str, strategy: str, 
         if p.grad is not None and q.grad is not None:
             assert torch.equal(p.grad[[0, 2]], q.grad[[0, 2]])
             assert q.grad.isfinite().all()
+
+
+class _Counted(torch.nn.Module):
+    """Looks at how many of its inputs are positive, and makes nothing of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0 * (x.detach() > 0).nonzero().sum()
+
+
+def test_members_that_come_to_differ_in_sizes_are_clipped_one_after_the_other() -> None:
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), _Counted())
+
+    ens = Ensemble.from_factory(build, range(K), strategy="folded")
+    with torch.no_grad():
+        for p in ens.parameters():
+            p.copy_(p[:1].expand_as(p).clone())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with psgrad.clip_per_sample(ens, max_norm=0.1):
+        for folded in (True, False):
+            ens.zero_grad()
+            ens.loss(F.cross_entropy, x, y).sum().backward()
+            assert (ens.execution.last_plan.refusal is None) == folded
+            for k in range(K):
+                member = ens.member(k)
+                with psgrad.clip_per_sample(member, max_norm=0.1):
+                    F.cross_entropy(member(x), y).backward()
+                for p, q in zip(ens.parameters(), member.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad[k], q.grad)
+            with torch.no_grad():
+                for p in ens.parameters():
+                    p.copy_(torch.linspace(-2, 2, p.numel()).view_as(p))

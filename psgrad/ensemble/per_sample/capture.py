@@ -14,6 +14,7 @@ from psgrad.capture.recorder import leaves_for, not_captured, refuse_changed, tr
 from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
+from psgrad.ensemble.interpreter import UnlikeError
 from psgrad.ensemble.own import part_of
 from psgrad.ensemble.per_sample.folded import FoldedCapture
 from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
@@ -140,7 +141,10 @@ class MemberCapture:
         ensemble = self._ensemble
         graph = self._folded.graph_for(inputs, own, ensemble.members, ensemble.randomness)
         if not isinstance(graph, str):
-            return self._folded.run(graph, inputs, own, ensemble.randomness)
+            try:
+                return self._folded.run(graph, inputs, own, ensemble.randomness)
+            except UnlikeError as error:
+                graph = str(error)
         ensemble.execution.note_loop(ensemble.members, graph)
         return self._looped.run(
             lambda k: tuple(part_of(x, k) if own else x for x in inputs), ensemble.randomness
