@@ -1,8 +1,9 @@
-"""K losses from K outputs: at once for the common ones, else under `torch.vmap`, else one by one."""
+"""K losses from K outputs: at once for the common ones, else under `torch.vmap` or one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from psgrad.ensemble.loop import loop_members
 from psgrad.ensemble.own import part_of
+from psgrad.ensemble.purity import leaves_nothing
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.errors import ShapeError
 
@@ -41,16 +43,14 @@ def member_losses(
     def one(output: Any, target: Any) -> Tensor:
         return scalar(fn(output, target))
 
-    try:
-        return torch.vmap(one, (0, 0 if own else None), randomness="error")(outputs, targets)
-    except Exception:  # what vmap cannot do; alone, fn raises what is its own
-        return torch.stack(
-            loop_members(
-                lambda k: one(part_of(outputs, k), part_of(targets, k) if own else targets),
-                members,
-                randomness,
-            )
+    if leaves_nothing(fn):
+        with suppress(Exception):  # what vmap cannot do; alone, fn raises what is its own
+            return torch.vmap(one, (0, 0 if own else None), randomness="error")(outputs, targets)
+    return torch.stack(
+        loop_members(
+            lambda k: one(part_of(outputs, k), part_of(targets, k) if own else targets), members, randomness
         )
+    )
 
 
 def stacked_losses(losses: Sequence[Any]) -> Tensor:

@@ -21,7 +21,7 @@ from psgrad.ensemble.functions import IN_PLACE, is_fact
 from psgrad.ensemble.members import tensors_of
 from psgrad.ensemble.randomness import GlobalStates
 
-__all__ = ["is_in_place", "settings_key", "trace_key", "trace_member"]
+__all__ = ["is_altered", "is_in_place", "settings_key", "trace_key", "trace_member"]
 
 _ROOT = "member"
 
@@ -61,7 +61,7 @@ def trace_key(stacked: nn.Module) -> Hashable:
     key: list[Any] = [_switches()]
     for module in stacked.modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
-        key.append((module.training, _is_altered(module), *trained))
+        key.append((module.training, is_altered(module), *trained))
     return tuple(key)
 
 
@@ -165,7 +165,7 @@ def trace_member(stacked: nn.Module, inputs: int) -> tuple[fx.Graph, TreeSpec] |
     if _has_any_global_hook():
         return "there are hooks of all modules"
     for path, module in stacked.named_modules():
-        if _is_altered(module):
+        if is_altered(module):
             return f"{path or 'the module itself'} has hooks, or a forward of its own"
         if hasattr(module, "parametrizations"):
             return f"{path or 'the module itself'} is parametrized"
@@ -297,7 +297,7 @@ _FRESH = frozenset(
 )  # fmt: skip  # one a line is a page
 
 
-def _is_altered(module: nn.Module) -> bool:
+def is_altered(module: nn.Module) -> bool:
     """Whether the module does something else than its class."""
     return bool(
         module._forward_hooks
