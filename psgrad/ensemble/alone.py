@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from psgrad.ensemble.members import changed_settings, member_of, tensors_of
-from psgrad.ensemble.own import part_of
+from psgrad.ensemble.own import Arguments
 from psgrad.ensemble.randomness import GlobalStates, given_back
 from psgrad.ensemble.trace import settings_key
 from psgrad.errors import MemberError
@@ -20,7 +20,7 @@ from psgrad.graph import nodes_of
 __all__ = ["refuse_changed", "refuse_leaks", "versions"]
 
 
-def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
+def refuse_leaks(stacked: nn.Module, inputs: Arguments, own: bool) -> None:
     """Run a copy of member 0 and raise if its forward pass leaves anything that others would find.
 
     Raises
@@ -33,7 +33,7 @@ def refuse_leaks(stacked: nn.Module, inputs: Sequence[Any], own: bool) -> None:
     before, settings, states = versions(inputs), settings_key(stacked), GlobalStates()
     try:
         with given_back(), saved_tensors_hooks(Tensor.detach, lambda t: t):
-            returned = member(*(part_of(value, 0) if own else value for value in inputs))
+            returned = inputs.of(0, own).given_to(member)
     finally:
         states.put_back()
     outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]

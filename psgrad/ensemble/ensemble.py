@@ -17,7 +17,7 @@ from psgrad.ensemble.execution import Execution
 from psgrad.ensemble.loop import hold_members
 from psgrad.ensemble.losses import member_losses, stacked_losses
 from psgrad.ensemble.members import kept_members, member_of, stack_members, tensors_of
-from psgrad.ensemble.own import holds_tensors, part_of
+from psgrad.ensemble.own import arguments_of, holds_tensors, part_of
 from psgrad.ensemble.per_sample import MemberCapture
 from psgrad.ensemble.plan import EnsemblePlan
 from psgrad.ensemble.prediction import Prediction, predicted_classes, predicted_values
@@ -146,7 +146,7 @@ class Ensemble(nn.Module):
             raise IndexError(f"member {k} of {self.members}")
         return member_of(self.stacked, k)
 
-    def forward(self, *inputs: Any, own: bool = False) -> Any:
+    def forward(self, *inputs: Any, own: bool = False, **named: Any) -> Any:
         """Every member's output, `[K, N, ...]`.
 
         Parameters
@@ -157,6 +157,8 @@ class Ensemble(nn.Module):
             tensor goes to every member.
         own
             Whether the tensors have the member axis in front. Never guessed from a shape.
+        **named
+            The member's arguments by name, just as those by position.
 
         Returns
         -------
@@ -172,14 +174,17 @@ class Ensemble(nn.Module):
             next: a plain attribute, an input changed in place.
 
         """
-        self.check_own(inputs, own)
-        return self.execution.run(inputs, own, self.members, self.randomness)
+        arguments = arguments_of(self.stacked, inputs, named)
+        self.check_own(arguments, own)
+        return self.execution.run(arguments, own, self.members, self.randomness)
 
-    def own(self, *inputs: Any) -> Any:
-        """Every member's output on its own data: `ens(*inputs, own=True)`."""
-        return self(*inputs, own=True)
+    def own(self, *inputs: Any, **named: Any) -> Any:
+        """Every member's output on its own data: `ens(*inputs, **named, own=True)`."""
+        return self(*inputs, own=True, **named)
 
-    def loss(self, fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, own: bool = False) -> Tensor:
+    def loss(
+        self, fn: Callable[[Any, Any], Tensor], x: Any, y: Any, *, own: bool = False, **named: Any
+    ) -> Tensor:
         """Every member's loss, `[K]`; `.sum().backward()` gives every member its own gradient.
 
         Parameters
@@ -191,7 +196,9 @@ class Ensemble(nn.Module):
         y
             Targets, `[N, ...]`, or with `own` `[K, N, ...]`; a tree of them where `fn` takes one.
         own
-            Whether x and y have the member axis in front.
+            Whether x, y and `named` have the member axis in front.
+        **named
+            More of the member's arguments, by name.
 
         Notes
         -----
@@ -208,7 +215,7 @@ class Ensemble(nn.Module):
             If what one member's forward pass leaves behind would reach the next.
 
         """
-        inputs = x if isinstance(x, tuple) else (x,)
+        inputs = arguments_of(self.stacked, x if isinstance(x, tuple) else (x,), named)
         self.check_own((y, *inputs), own)
         captured = is_shadowed(self)  # then gradients are not to be taken before the backward pass
         members, randomness = self.members, self.randomness
@@ -217,9 +224,8 @@ class Ensemble(nn.Module):
             stacked = self.stacked
 
             def compute(k: int) -> Tensor:
-                if not own:
-                    return fn(stacked(*inputs), y)
-                return fn(stacked(*[part_of(value, k) for value in inputs]), part_of(y, k))
+                output = inputs.of(k, own).given_to(stacked)
+                return fn(output, part_of(y, k) if own else y)
 
             self.execution.note_loop(members, why)
             recorded = torch.is_grad_enabled()
@@ -234,17 +240,18 @@ class Ensemble(nn.Module):
             if members > 1:
                 refuse_changed(before, (y, *inputs))
             return losses
-        outputs = self(*inputs, own=own)
+        args, kwargs = inputs.split()
+        outputs = self(*args, own=own, **kwargs)
         judge_member_loss(fn, outputs, y, own)
         return member_losses(fn, outputs, y, own, self.randomness)
 
     @torch.no_grad()
-    def predict(self, *inputs: Any, own: bool = False, link: str = "softmax") -> Prediction:
+    def predict(self, *inputs: Any, own: bool = False, link: str = "softmax", **named: Any) -> Prediction:
         """Predict in eval mode and without gradients; the mode is given back.
 
         Parameters
         ----------
-        *inputs, own
+        *inputs, own, **named
             As for `forward`.
         link
             "softmax" for logits `[N, classes, ...]`, "identity" for values.
@@ -262,20 +269,20 @@ class Ensemble(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            outputs = self(*inputs, own=own)
+            outputs = self(*inputs, own=own, **named)
         finally:
             for module, mode in modes.items():
                 module.training = mode
         return predicted_classes(outputs) if link == "softmax" else predicted_values(outputs)
 
     @torch.no_grad()
-    def plan(self, *inputs: Any, own: bool = False) -> EnsemblePlan:
+    def plan(self, *inputs: Any, own: bool = False, **named: Any) -> EnsemblePlan:
         """How a call on such inputs runs, layer by layer, and why; `print` it.
 
         It is found by running it: buffers and random streams are given back.
         """
         with put_back_after(self, self.randomness), torch.set_grad_enabled(self.training):
-            self(*inputs, own=own)
+            self(*inputs, own=own, **named)
         assert self.execution.last_plan is not None
         return self.execution.last_plan
 
@@ -340,7 +347,7 @@ class Ensemble(nn.Module):
         if not own:
             return
         members = self.members
-        for value in tree_leaves(inputs):
+        for value in tree_leaves(list(inputs)):
             if holds_tensors(value):
                 raise ShapeError(
                     f"a {type(value).__name__} holds tensors of which a member's part cannot be taken: give"

@@ -13,7 +13,7 @@ from psgrad.ensemble.alone import refuse_changed, refuse_leaks, versions
 from psgrad.ensemble.check import check_against_alone
 from psgrad.ensemble.interpreter import FoldedGraph, RunLayer, UnlikeError
 from psgrad.ensemble.loop import call_members, stacked_results
-from psgrad.ensemble.own import part_of
+from psgrad.ensemble.own import Arguments
 from psgrad.ensemble.plan import EnsemblePlan, Step
 from psgrad.ensemble.randomness import GlobalStates, MemberRandomness, put_back_after, snapshot
 from psgrad.ensemble.trace import settings_key, trace_key, trace_member
@@ -82,7 +82,7 @@ class Execution:
             self._last = EnsemblePlan(members, self._whole(why), why)
         return self._last
 
-    def _graph(self, inputs: Sequence[Any], own: bool, members: int) -> FoldedGraph | str:
+    def _graph(self, inputs: Arguments, own: bool, members: int) -> FoldedGraph | str:
         """The graph of these inputs, which may still have to be checked, or why there is none.
 
         Raises
@@ -109,7 +109,7 @@ class Execution:
         return found if isinstance(found, str) else found.refusal or found
 
     def _not_now(
-        self, graph: FoldedGraph, inputs: Sequence[Any], own: bool, most: int | None = None
+        self, graph: FoldedGraph, inputs: Arguments, own: bool, most: int | None = None
     ) -> str | None:
         """Why these inputs do not run by a graph; None if they do, or if that is still to be checked."""
         values = values_of(inputs, own, graph.members)
@@ -120,29 +120,29 @@ class Execution:
             return "no sample yet to check a folded run by"
         return None
 
-    def _new_graph(self, inputs: Sequence[Any], members: int) -> FoldedGraph | str:
+    def _new_graph(self, inputs: Arguments, members: int) -> FoldedGraph | str:
         if self.strategy == "loop":
             return "asked for"
+        if inputs.names:
+            return f"{', '.join(inputs.names)} cannot be given by position"
         if not all(isinstance(value, Tensor) for value in inputs):
             return "an input is no tensor"
         traced = trace_member(self.stacked, len(inputs))
         return traced if isinstance(traced, str) else FoldedGraph(self.stacked, *traced, members)
 
     def checked(
-        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
+        self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness
     ) -> FoldedGraph | str:
         """The graph by which these inputs run captured, or why they do not; a new one is checked before."""
         return self._checked(inputs, own, members, randomness, _CAPTURED_ELEMENTS)
 
-    def settled(
-        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
-    ) -> str | None:
+    def settled(self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness) -> str | None:
         """Why these inputs run member after member, or None; as `checked`, uncaptured."""
         found = self._checked(inputs, own, members, randomness, None)
         return found if isinstance(found, str) else None
 
     def _checked(
-        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, most: int | None
+        self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness, most: int | None
     ) -> FoldedGraph | str:
         graph = self._graph(inputs, own, members)
         if isinstance(graph, str):
@@ -184,7 +184,7 @@ class Execution:
         """Remember that a call ran member after member."""
         self._last = members, why
 
-    def run(self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness) -> Any:
+    def run(self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""
         graph = self._graph(inputs, own, members)
         why = graph if isinstance(graph, str) else self._not_now(graph, inputs, own)
@@ -201,12 +201,13 @@ class Execution:
         assert why is not None
         return self._loop(inputs, own, members, randomness, why)
 
-    def _key(self, inputs: Sequence[Any], own: bool, members: int) -> tuple[Hashable, Hashable]:
+    def _key(self, inputs: Arguments, own: bool, members: int) -> tuple[Hashable, Hashable]:
         """What a graph, and that it was found right, depends on: settings, behind all else."""
         if self.strategy == "loop":  # there is no graph
-            return (tuple(map(type, inputs)), members, torch.is_grad_enabled(), self.stacked.training), None
+            types = tuple(map(type, inputs))
+            return (inputs.names, types, members, torch.is_grad_enabled(), self.stacked.training), None
         kinds = tuple(map(_kind, inputs))
-        return (kinds, own, members, trace_key(self.stacked)), settings_key(self.stacked)
+        return (inputs.names, kinds, own, members, trace_key(self.stacked)), settings_key(self.stacked)
 
     def _first(
         self, graph: FoldedGraph, inputs: Sequence[Tensor], own: bool, randomness: MemberRandomness
@@ -267,15 +268,11 @@ class Execution:
         return (Step("", type(self.stacked).__name__, "loop", why),)
 
     def _loop(
-        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness, why: str
+        self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness, why: str
     ) -> Any:
         self.note_loop(members, why)
         before = versions(inputs)
-
-        def args_of(k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return tuple(part_of(x, k) if own else x for x in inputs), {}
-
-        results = call_members(self.stacked, members, args_of, randomness)
+        results = call_members(self.stacked, members, lambda k: inputs.of(k, own).split(), randomness)
         if members > 1:
             refuse_changed(before, inputs)
         return stacked_results(results)

@@ -1,13 +1,63 @@
-"""A member's part of data that has the member axis in front."""
+"""What a member is called with, and its part of data that has the member axis in front."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["holds_tensors", "part_of"]
+__all__ = ["Arguments", "arguments_of", "holds_tensors", "part_of"]
+
+
+class Arguments(tuple[Any, ...]):
+    """The values that a module is called with, those given by name at the end.
+
+    Attributes
+    ----------
+    names
+        Of the last ones.
+
+    """
+
+    names: tuple[str, ...]
+
+    def __new__(cls, values: Sequence[Any], names: Sequence[str] = ()) -> Arguments:
+        """Make them of values and the names of the last ones."""
+        arguments = super().__new__(cls, values)
+        arguments.names = tuple(names)
+        return arguments
+
+    def of(self, k: int, own: bool) -> Arguments:
+        """Member k's: with `own`, its part."""
+        return Arguments([part_of(value, k) for value in self], self.names) if own else self
+
+    def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments, and those by name."""
+        at = len(self) - len(self.names)
+        return tuple(self[:at]), dict(zip(self.names, self[at:], strict=True))
+
+    def given_to(self, module: nn.Module) -> Any:
+        """Call a module with them."""
+        args, named = self.split()
+        return module(*args, **named)
+
+
+def arguments_of(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> Arguments:
+    """Return what `module(*inputs, **named)` is called with, by position where that is the same.
+
+    Raises
+    ------
+    TypeError
+        If its forward does not take these.
+
+    """
+    if not named:
+        return Arguments(inputs)
+    bound = inspect.signature(module.forward).bind(*inputs, **named)
+    return Arguments([*bound.args, *bound.kwargs.values()], list(bound.kwargs))
 
 
 def part_of(tree: Any, k: int) -> Any:

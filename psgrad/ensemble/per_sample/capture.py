@@ -15,7 +15,7 @@ from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
 from psgrad.ensemble.interpreter import UnlikeError
-from psgrad.ensemble.own import part_of
+from psgrad.ensemble.own import Arguments, arguments_of
 from psgrad.ensemble.per_sample.folded import FoldedCapture
 from psgrad.ensemble.per_sample.looped import LoopedCapture, joined
 from psgrad.errors import RefusedModelError, ShapeError
@@ -118,7 +118,7 @@ class MemberCapture:
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the ensemble, captured if gradients are being recorded."""
-        inputs, own = _inputs_of(*args, **kwargs)
+        inputs, own = _inputs_of(self._ensemble.stacked, *args, **kwargs)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if self._open and torch._C._current_graph_task_id() == -1:
@@ -127,8 +127,8 @@ class MemberCapture:
         ensemble.check_own(inputs, own)
         self._check()
         refuse_mixing(ensemble.stacked)
-        of_first = tuple(part_of(x, 0) if own else x for x in inputs)
-        rows = first_rows(of_first, {})
+        of_first = inputs.of(0, own)
+        rows = first_rows(list(of_first), {})
         if not self._tried and rows and rows > self._rows_per_sample:
             self._looped.try_first(of_first)
             self._tried = True
@@ -137,7 +137,7 @@ class MemberCapture:
             self._loss.mark(out, rows // self._rows_per_sample, rows, (len(self._held),))
         return out
 
-    def _run_members(self, inputs: tuple[Any, ...], own: bool) -> Any:
+    def _run_members(self, inputs: Arguments, own: bool) -> Any:
         ensemble = self._ensemble
         graph = self._folded.graph_for(inputs, own, ensemble.members, ensemble.randomness)
         if not isinstance(graph, str):
@@ -146,9 +146,7 @@ class MemberCapture:
             except UnlikeError as error:
                 graph = str(error)
         ensemble.execution.note_loop(ensemble.members, graph)
-        return self._looped.run(
-            lambda k: tuple(part_of(x, k) if own else x for x in inputs), ensemble.randomness
-        )
+        return self._looped.run(lambda k: inputs.of(k, own), ensemble.randomness)
 
     @property
     def once(self) -> bool:
@@ -199,9 +197,9 @@ class MemberCapture:
         self._consumer.abandon()
 
 
-def _inputs_of(*inputs: Any, own: bool = False) -> tuple[tuple[Any, ...], bool]:
+def _inputs_of(member: nn.Module, /, *inputs: Any, own: bool = False, **named: Any) -> tuple[Arguments, bool]:
     """Take the arguments of `Ensemble.forward`."""
-    return inputs, own
+    return arguments_of(member, inputs, named), own
 
 
 class _Part:

@@ -17,6 +17,7 @@ from psgrad.ensemble.execution import Execution, values_of
 from psgrad.ensemble.interpreter import FoldedGraph
 from psgrad.ensemble.layers import Computed
 from psgrad.ensemble.members import with_tensors
+from psgrad.ensemble.own import Arguments
 from psgrad.ensemble.per_sample.use import MemberUse
 from psgrad.ensemble.randomness import MemberRandomness, put_back_after
 from psgrad.ensemble.value import Value
@@ -64,7 +65,7 @@ class FoldedCapture:
         self._known: WeakKeyDictionary[FoldedGraph, dict[Hashable, str | None]] = WeakKeyDictionary()
 
     def graph_for(
-        self, inputs: Sequence[Any], own: bool, members: int, randomness: MemberRandomness
+        self, inputs: Arguments, own: bool, members: int, randomness: MemberRandomness
     ) -> FoldedGraph | str:
         """The graph that runs these inputs folded and captured, or why members run one after the other.
 

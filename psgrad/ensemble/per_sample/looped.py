@@ -14,6 +14,7 @@ from psgrad.capture.recorder import trainable_of
 from psgrad.capture.trial import without_trace
 from psgrad.ensemble.loop import loop_members, stacked_results
 from psgrad.ensemble.members import copy_settings, member_of, tensors_of
+from psgrad.ensemble.own import Arguments
 from psgrad.ensemble.per_sample.contribution import MemberContribution
 from psgrad.ensemble.randomness import MemberRandomness
 from psgrad.ensemble.trace import settings_key
@@ -59,14 +60,14 @@ class LoopedCapture:
         """The stacked parameter of every member's trainable parameter."""
         self._follow()
 
-    def run(self, args_of: Callable[[int], tuple[Any, ...]], randomness: MemberRandomness) -> Any:
+    def run(self, args_of: Callable[[int], Arguments], randomness: MemberRandomness) -> Any:
         """Every member's output, trees of `[K, ...]`."""
         self._follow()
         return stacked_results(
-            loop_members(lambda k: self._modules[k](*args_of(k)), len(self._modules), randomness)
+            loop_members(lambda k: args_of(k).given_to(self._modules[k]), len(self._modules), randomness)
         )
 
-    def try_first(self, args: tuple[Any, ...]) -> None:
+    def try_first(self, args: Arguments) -> None:
         """Run the first member for nothing but what its capture refuses: mixed samples.
 
         Raises
@@ -77,7 +78,7 @@ class LoopedCapture:
         """
         self._follow()
         with without_trace(self._stacked):
-            self._modules[0](*args)
+            args.given_to(self._modules[0])
 
     @property
     def anchors(self) -> list[Tensor]:
