@@ -59,7 +59,7 @@ _CALLS: dict[int, type[_One]] = {1: _One, 2: _Two, 3: _Three}
 def trace_key(stacked: nn.Module) -> Hashable:
     """What the graph of a module depends on besides inputs and settings: modes, hooks, what is trained."""
     key: list[Any] = [_switches()]
-    for module in stacked.modules():
+    for module in _modules(stacked):
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
         key.append((module.training, is_altered(module), *trained))
     return tuple(key)
@@ -68,17 +68,26 @@ def trace_key(stacked: nn.Module) -> Hashable:
 def settings_key(stacked: nn.Module) -> Hashable:
     """Only the user's own settings."""
     seen: set[int] = set()
-    return tuple([setting for module in stacked.modules() for setting in _settings(module, seen)])
+    return tuple(
+        [
+            (name, value if isinstance(value, _SCALARS) else _plain(value, seen))
+            for module in _modules(stacked)
+            if not type(module).__module__.startswith("torch.nn.")
+            for name, value in module.__dict__.items()
+            if name not in _EVERY_MODULES
+        ]
+    )
 
 
-def _settings(module: nn.Module, seen: set[int]) -> list[Any]:
-    if type(module).__module__.startswith("torch.nn."):
-        return []
-    return [
-        (name, value if isinstance(value, _SCALARS) else _plain(value, seen))
-        for name, value in vars(module).items()
-        if name not in _EVERY_MODULES
-    ]
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """As `root.modules()`, in another order, and without a generator a level: keys are made every step."""
+    found, pending = {root: None}, [root]
+    while pending:
+        for child in pending.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                pending.append(child)
+    return list(found)
 
 
 _SCALARS = (bool, int, float, str, type(None))
