@@ -295,7 +295,9 @@ def clip_per_sample(
     When `backward` returns, `p.grad` of every trainable parameter has grown by the clipped sum under
     "sum", by the clipped sum over N under "mean". One sample, added or removed, changes the clipped sum by
     at most `.l2_bound`, also when several backward passes add up to it, if it is in one of them only. Through
-    one forward pass backward goes once; who runs a sample forward twice is not seen here. A sample whose
+    one forward pass backward goes once; who runs a sample forward twice is not seen here. The bound is of the
+    sum before it is rounded to the parameter's dtype: in bfloat16, one sample beside 1024 alike may change
+    it by 2.5 times as much. Keep parameters in float32 where the bound is to hold. A sample whose
     gradient is not finite contributes nothing and is reported in `.result.non_finite`. A parameter that is
     used several times is clipped by the norm of the sum of its uses.
 
