@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from psgrad.capture.region import is_packed
+from psgrad.capture.region import is_ragged
 from psgrad.capture.stand_in import StandIn
 from psgrad.capture.survey import Layer, OtherRowsError
 from psgrad.errors import CaptureError, ShapeError
@@ -57,7 +57,7 @@ def check_layer_rows(layer: Layer, x: Tensor, rows_per_sample: int, expected: in
 
 
 def refuse_unseen(args: Any, kwargs: Any) -> None:
-    """Raise where inputs are of types whose tensors nobody here can see.
+    """Raise where inputs are of types whose tensors, or rows, nobody here can see.
 
     Raises
     ------
@@ -66,13 +66,18 @@ def refuse_unseen(args: Any, kwargs: Any) -> None:
 
     """
     plain = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
-    leaves = tree_leaves((args, kwargs), is_leaf=is_packed)
-    unseen = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)}
+    leaves = tree_leaves((args, kwargs), is_leaf=is_ragged)
+    unseen = {
+        "nested tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+        for leaf in leaves
+        if is_ragged(leaf) or not isinstance(leaf, plain)
+    }
     if unseen:
         raise CaptureError(
-            f"no tensor is to be seen in the model's inputs, of type {', '.join(sorted(unseen))}: which rows "
+            f"no rows are to be seen in the model's inputs of type {', '.join(sorted(unseen))}: which "
             "are a sample's cannot be told. Call the model with tensors, or with dicts, lists or tuples of "
-            "them (model(**batch)), or register the type with torch.utils._pytree; pad a PackedSequence"
+            "them (model(**batch)), or register the type with torch.utils._pytree; pad a PackedSequence "
+            "(pad_packed_sequence), or a nested tensor (to_padded_tensor)"
         )
 
 

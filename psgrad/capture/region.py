@@ -30,7 +30,7 @@ from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
 from psgrad.layers import RULES, LayerRule
 
-__all__ = ["Region", "Use", "first_rows", "is_packed"]
+__all__ = ["Region", "Use", "first_rows", "is_ragged"]
 
 Use = Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
 
@@ -280,15 +280,13 @@ class Region:
 
 
 def first_rows(args: Any, kwargs: Any) -> int | None:
-    """Return the rows of the first tensor that has any; None where packed sequences come before it."""
-    for leaf in tree_leaves((args, kwargs), is_leaf=is_packed):
-        if is_packed(leaf):
-            return None
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    return None
+    """Return the rows of the first tensor that has any; None where an input holds samples of many lengths."""
+    leaves = tree_leaves((args, kwargs), is_leaf=is_ragged)
+    if any(map(is_ragged, leaves)):
+        return None
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
-def is_packed(value: Any) -> bool:
-    """Whether a value is a `PackedSequence`, whose rows are those of all samples, step by step."""
-    return isinstance(value, PackedSequence)
+def is_ragged(value: Any) -> bool:
+    """Whether a value holds samples of several lengths, whose rows are to be seen in no axis."""
+    return isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.is_nested)

@@ -70,6 +70,28 @@ def test_packed_sequences_whose_rows_are_no_samples():
             model(packed)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_whose_samples_differ_in_length(layout):
+    model = nn.Linear(4, 3)
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=layout)
+    with clip_per_sample(model, 1.0):
+        with torch.no_grad():
+            assert model(nested).is_nested
+        with pytest.raises(CaptureError, match=r"nested tensor: .*to_padded_tensor"):
+            model(nested)
+
+
+def test_a_nested_tensor_beside_the_batch():
+    class Both(nn.Linear):
+        def forward(self, x, nested):
+            return super().forward(x)
+
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged)
+    model = Both(4, 3)
+    with clip_per_sample(model, 1.0), pytest.raises(CaptureError, match="nested tensor"):
+        model(torch.randn(2, 4), nested)
+
+
 class FromUserDict(nn.Module):
     def __init__(self):
         super().__init__()
