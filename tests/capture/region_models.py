@@ -269,6 +269,20 @@ class WindowsBroadcast(WindowsAndQuery):
             return self.attention(windows, query).reshape(-1, len(x), 4, 3).mean(0) + x
 
 
+class Recurrent(nn.Module):
+    """A cell, step after step."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.embed, self.cell = nn.Linear(3, 4), cell
+
+    def forward(self, x):
+        state = None
+        for step in self.embed(x).unbind(1):
+            state = self.cell(step, state)
+        return sum(state) if isinstance(state, tuple) else state
+
+
 SEQUENCE = (5, 3)
 MODELS = {
     "frames": (Frames, (3, 3, 4, 5)),
@@ -289,6 +303,11 @@ MODELS = {
     "results with time first": (MeanOverTimeFirst, SEQUENCE),
     "windows and a query": (WindowsAndQuery, (4, 3)),
     "windows, broadcast": (WindowsBroadcast, (4, 3)),
+    "LSTM cell": (lambda: Recurrent(nn.LSTMCell(4, 2)), SEQUENCE),
+    "LSTM cell without bias": (lambda: Recurrent(nn.LSTMCell(4, 2, bias=False)), SEQUENCE),
+    "GRU cell": (lambda: Recurrent(nn.GRUCell(4, 2)), SEQUENCE),
+    "RNN cell": (lambda: Recurrent(nn.RNNCell(4, 2)), SEQUENCE),
+    "RNN cell with relu": (lambda: Recurrent(nn.RNNCell(4, 2, nonlinearity="relu")), SEQUENCE),
 }
 
 NOT_EMPTY = ("one by one", "written in place", "windows, broadcast")
