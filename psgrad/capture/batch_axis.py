@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from psgrad.capture.region import is_ragged
@@ -13,7 +15,7 @@ from psgrad.capture.stand_in import StandIn
 from psgrad.capture.survey import Layer, OtherRowsError
 from psgrad.errors import CaptureError, ShapeError
 
-__all__ = ["check_layer_rows", "check_rows", "refuse_unseen"]
+__all__ = ["check_layer_rows", "check_rows", "refuse_unseen", "refuse_vmapped"]
 
 
 def check_layer_rows(layer: Layer, x: Tensor, rows_per_sample: int, expected: int | None) -> None:
@@ -79,6 +81,27 @@ def refuse_unseen(args: Any, kwargs: Any) -> None:
             "them (model(**batch)), or register the type with torch.utils._pytree; pad a PackedSequence "
             "(pad_packed_sequence), or a nested tensor (to_padded_tensor)"
         )
+
+
+def refuse_vmapped(layer: Layer, regions: Sequence[str]) -> NoReturn:
+    """Say whose vmap a tensor is of, that a layer was given outside of a region: of these, or the user's.
+
+    Raises
+    ------
+    CaptureError
+        As said.
+
+    """
+    if peek_interpreter_stack() is not None:
+        raise CaptureError(
+            f"{layer} was called under torch.vmap while psgrad is attached, which takes axis 0 of what the "
+            "model is given for its samples: call the model on the whole batch, or remove() the handle first"
+        )
+    raise CaptureError(
+        f"{layer} was called again for a module that runs one sample at a time (one of "
+        f"{', '.join(map(repr, regions))}) after that had ended. If torch.utils.checkpoint calls it: put the "
+        "checkpoint around that module, not inside of it."
+    )
 
 
 def check_rows(out: Any, rows: int, args: Any, kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_unseen
+from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_unseen, refuse_vmapped
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
@@ -313,12 +313,10 @@ class Capture:
         region = self._own.region
         if region is None and self._root_rows is None:  # called by itself, not by the model's call
             self._refuse_mixing()
-        if region is None and any(isinstance(t, Tensor) and is_batchedtensor(t) for t in args):
-            raise CaptureError(
-                f"{layer} was called again for a module that runs one sample at a time (one of "
-                f"{', '.join(map(repr, self.regions))}) after that had ended. If torch.utils.checkpoint "
-                "calls it: put the checkpoint around that module, not inside of it."
-            )
+        if region is None and any(
+            isinstance(t, Tensor) and is_batchedtensor(t) for t in (*args, *kwargs.values())
+        ):
+            refuse_vmapped(layer, self.regions)
         if layer.rule is None:
             return self._own.run(layer, forward, args, kwargs, self._root_rows)
         if not layer.trains or (region is not None and region.samples == 0):

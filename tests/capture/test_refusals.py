@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, ShapeError
 from tests.capture.test_capture import make
@@ -189,6 +190,27 @@ def test_a_layer_in_a_vmap_of_the_models_own_is_a_clear_error():
     model = nn.Sequential(Mapped())
     with PerSampleGrads(model), pytest.raises(CaptureError, match=r"0 \(Mapped\).*vmap inside"):
         model(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("by", [lambda m: m, lambda m: m[0], lambda m: lambda x: m(input=x)])
+def test_a_model_under_vmap_is_told_so(by):
+    model = nn.Sequential(nn.Linear(3, 3))
+    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"0 \(Linear\).*under torch\.vmap while"):
+        torch.vmap(by(model))(torch.randn(4, 3))
+
+
+def test_a_checkpoint_inside_of_a_region_is_told_where_to_go():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.square, self.linear = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return checkpoint(self.linear, x @ self.square, use_reentrant=False)
+
+    model = nn.Sequential(Checkpointed())
+    with PerSampleGrads(model), pytest.raises(CaptureError, match=r"one of '0'.*around that module"):
+        model(torch.randn(4, 3)).square().mean().backward()
 
 
 def test_a_parameter_replaced_after_attaching_is_named():
