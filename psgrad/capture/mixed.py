@@ -16,7 +16,8 @@ from psgrad.independence import Call, why_mixed
 __all__ = ["refuse_mixed"]
 
 Run = Callable[[Any, Any, int], tuple[Any, list[tuple[str, Tensor]]]]
-"""Runs the whole model on args and kwargs of so many rows; tells what was taken for the batch, by what."""
+"""Runs the whole model on args and kwargs of so many rows; tells what else has the batch in axis 0, and
+what it says if one sample's rows there depend on another's."""
 
 
 def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sample: int) -> None:
@@ -68,7 +69,7 @@ def _picked(call: Call, samples: tuple[int, ...], rows: int, rows_per_sample: in
 
 
 RESULT = ""
-"""In place of a layer."""
+"""In place of what is said of something inside of the model."""
 
 
 class _Results:
@@ -115,10 +116,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 def _why(module: nn.Module, where: str, call: Call, rows: int, rows_per_sample: int) -> str:
     """Name the submodule that mixes, if it is to be found."""
     if where != RESULT:
-        return (
-            f"{where} is given the samples of a batch in another order, or mixed: which row is whose cannot "
-            "be told, though the model's results are apart. Sort, shuffle or flip the batch before the model."
-        )
+        return where
     others = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
     runs = [
         (torch.tensor(changed), _picked(call, samples, rows, rows_per_sample))

@@ -14,7 +14,7 @@ from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_u
 from psgrad.capture.learning import Learning, Run
 from psgrad.capture.once import refused
 from psgrad.capture.region import Region, Use, first_rows
-from psgrad.capture.results import shapes_as_it_is, without_batch
+from psgrad.capture.results import results_as_it_is, with_batch, without_batch
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
 from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.independence import check_samples_apart
@@ -23,13 +23,25 @@ __all__ = ["Owners"]
 
 Told = list[tuple[str, Tensor]]
 
+OTHER_ORDER = (
+    "is given the samples of a batch in another order, or mixed: which row is whose cannot be told, though "
+    "the model's results are apart. Sort, shuffle or flip the batch before the model."
+)
+MIXES = (
+    "mixes samples: one's output moved when another was exchanged. It uses parameters of its own, or calls "
+    "layers on other rows than the batch's, so that it would run one sample at a time. Compute over other "
+    "axes than the batch (axis 0), normalise with GroupNorm or LayerNorm, or use its eval() mode."
+)
+"""What is said of the one whose rows of one sample depend on another sample."""
+
 
 class Owners:
     """Runs every module of a model that has trainable parameters and no rule.
 
     In the trials of the first batch it is tried on the batch as a whole (`psgrad.capture.direct`). It stays
     so if every use of its parameters is known to keep samples apart, and the values of its results say that
-    what else it computes does too. All others run one sample at a time (`psgrad.capture.region`).
+    what else it computes does too. All others run one sample at a time (`psgrad.capture.region`); as one that
+    mixes samples would compute something else then, what each returns as it is is told as well.
 
     Parameters
     ----------
@@ -82,7 +94,10 @@ class Owners:
         self._as_a_whole[path] = False
 
     def run_and_tell(self, run: Run, args: Any, kwargs: Any, rows: int) -> tuple[Any, Told]:
-        """Run the whole model; return also every tensor whose rows are taken for the batch's, and by what."""
+        """Run the whole model; return also what is taken for the batch, with what it would say of mixing.
+
+        These are the inputs of layers, and what regions would return if they were none.
+        """
         told: Told = []
         self._told = told
         try:
@@ -90,10 +105,10 @@ class Owners:
         finally:
             self._told = None
 
-    def tell(self, where: str, t: Tensor) -> None:
-        """Tell, if somebody listens, what is taken for the batch."""
+    def tell(self, where: str, t: Tensor, why: str = OTHER_ORDER) -> None:
+        """Tell, if somebody listens, what is taken for the batch, and what it would say of mixing."""
         if self._told is not None:
-            self._told.append((where, t.detach()))
+            self._told.append((f"{where} {why}", t.detach()))
 
     def run(
         self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, root_rows: int | None
@@ -141,18 +156,21 @@ class Owners:
         for i, t in _tensors(args, kwargs):
             if i in batched:
                 self.tell(str(layer), t)
-        shapes = self._shapes(layer, forward, args, kwargs) if self._learning.trying else None
+        trying, asked = self._learning.trying, self._told is not None
+        results = self._as_it_is(layer, forward, args, kwargs) if trying or asked else []
         self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
         try:
             out = self.region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
             self.region = None
-        if shapes is not None:
-            self._without_batch[layer.path] = without_batch(shapes, out)
+        if trying:
+            self._without_batch[layer.path] = without_batch(results, out)
+        for t in with_batch(results, out) if asked else ():
+            self.tell(str(layer), t, MIXES)
         return self._with_batch(layer, out)
 
-    def _shapes(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.Size]:
-        """Return the shapes of what a module returns that runs as without psgrad.
+    def _as_it_is(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+        """Return the tensors that a module returns which runs as without psgrad.
 
         Raises
         ------
@@ -164,18 +182,19 @@ class Owners:
         """
         self.as_it_is = True
         try:
-            shapes = shapes_as_it_is(layer.module, forward, args, kwargs)
+            results = results_as_it_is(layer.module, forward, args, kwargs)
         finally:
             self.as_it_is = False
-        if () in shapes and layer.path:
+        number = any(t.ndim == 0 for t in results)
+        if number and layer.path:
             raise OtherRowsError(layer, "returns a number for the whole batch")
-        if () in shapes:
+        if number:
             raise RefusedModelError(
                 f"{layer} has to run one sample at a time, as it uses parameters of its own or calls layers "
                 "on other rows than the batch's, but it returns a number for the whole batch: let it return "
                 "one for every sample, [N]"
             )
-        return shapes
+        return results
 
     def _with_batch(self, layer: Layer, out: Any) -> Any:
         """Return what a region returned; of the model, what has no batch in axis 0 may not reach the loss.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from psgrad import GradNorms, PerSampleGrads, RefusedModelError, clip_per_sample
-from tests.model_oracle import squared_loss
+from tests.model_oracle import grads_one_by_one, squared_loss
 
 HANDLES = {
     "grads": PerSampleGrads,
@@ -87,6 +87,87 @@ def test_mixing_by_a_module_with_layers():
 
     with PerSampleGrads(Reads()) as handle, pytest.raises(RefusedModelError, match=r"^the model itself"):
         handle._capture._module(torch.randn(3, 3))
+
+
+class Own(nn.Module):
+    """Mixes by means of parameters of its own: `do(self, h)`."""
+
+    def __init__(self, do):
+        super().__init__()
+        self.do = do
+        self.row, self.square = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+        self.centre, self.drop = Does(lambda h: h - h.mean(0)), nn.Dropout(0.5)
+
+    def forward(self, h):
+        return self.do(self, h)
+
+
+OWN = {
+    "batch norm": lambda self, h: (h - h.mean(0)) / (h.std(0, correction=0) + 1e-3) * self.row,
+    "centred": lambda self, h: h * self.row - h.mean(0),
+    "centred in a child": lambda self, h: self.centre(h) * self.row,
+    "attention": lambda self, h: torch.softmax(h @ self.square @ h.T, 1) @ h,
+    "running": lambda self, h: (h @ self.square).cumsum(0),
+    "beside dropout": lambda self, h: self.centre(self.drop(h)) * self.row,
+    "beside another result": lambda self, h: [h @ self.square, h * self.row - h.mean(0)][1],
+}
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7])
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("handle", HANDLES)
+def test_a_module_that_mixes_with_its_own_parameters_is_refused_by_path(handle, name, samples):
+    """One sample at a time it would compute something else, in which nothing is mixed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), Own(OWN[name]), nn.Linear(6, 2))
+    with HANDLES[handle](model), pytest.raises(RefusedModelError, match=r"^1 \(Own\) mixes samples"):
+        model(torch.randn(samples, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_model_itself_mixes_with_its_own_parameters(dtype):
+    model = Own(OWN["batch norm"]).to(dtype)
+    with PerSampleGrads(model):
+        for _ in range(2):  # of one sample, which says nothing
+            model(torch.randn(1, 6, dtype=dtype)).sum()
+        with pytest.raises(RefusedModelError, match=r"^the model itself \(Own\) mixes"):
+            model(torch.randn(4, 6, dtype=dtype))
+
+
+def test_a_module_that_mixes_inside_of_another_and_beside_it():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = Own(OWN["centred"]), nn.Parameter(torch.randn(6))
+
+        def forward(self, h):
+            return self.inner(h * self.scale)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.around = nn.Linear(6, 6), Around()
+
+        def forward(self, x):
+            return self.around.inner(self.around(self.linear(x)) + x)
+
+    model = Twice()
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"^around \(Around\) mixes"):
+        model(torch.randn(4, 6))
+
+
+def test_rows_of_one_sample_may_meet_in_a_module_with_its_own_parameters():
+    def pairs(self, h):
+        means = h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0)
+        return h @ self.square - means
+
+    model = Own(pairs).double()
+    x = torch.randn(6, 6).double()
+    expected = grads_one_by_one(model, squared_loss, [x], 2)
+    with PerSampleGrads(model, rows_per_sample=2) as handle:
+        squared_loss(model, x).backward()
+        assert handle.regions == ("",)
+    torch.testing.assert_close(model.square.grad_sample, expected["square"])
 
 
 class Puts(nn.Module):
