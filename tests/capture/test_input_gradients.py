@@ -1,4 +1,4 @@
-"""`torch.autograd.grad` of an input: an attack, a saliency map. No parameter's gradient is asked for."""
+"""`torch.autograd.grad`: of an input (an attack, a saliency map) as ever; of parameters refused."""
 
 import itertools
 
@@ -134,3 +134,26 @@ def test_of_an_ensemble():
         assert clip.gathered.backward_passes == 0
     torch.testing.assert_close(found, expected)
     assert all(p.grad is None for p in ensemble.parameters())
+
+
+@pytest.mark.parametrize("allow_unused", [False, True])
+@pytest.mark.parametrize("handle", HANDLES)
+def test_of_parameters_it_is_refused(handle, allow_unused):
+    model, x = make("in-place residual")
+    with HANDLES[handle](model):
+        loss = squared_loss(model, x) + sum(p.square().sum() for p in model.parameters())
+        for asked in (model.parameters(), next(model.parameters()), dict(model.named_parameters())):
+            with pytest.raises(CaptureError, match=r"autograd\.grad .*conv1\.weight.*loss\.backward\(\)"):
+                torch.autograd.grad(loss, asked, allow_unused=allow_unused)
+
+
+def test_of_parameters_beside_the_model_it_is_as_without_psgrad():
+    model = nn.Linear(3, 2)
+    before = model(torch.randn(4, 3)).sum()
+    plain = torch.autograd.grad
+    with PerSampleGrads(model):
+        (found,) = torch.autograd.grad(model.weight.square().sum(), model.weight)
+        torch.testing.assert_close(found, 2 * model.weight)
+        _, found = torch.autograd.grad(before, model.parameters())
+        torch.testing.assert_close(found, torch.full((2,), 4.0))
+    assert torch.autograd.grad is plain
