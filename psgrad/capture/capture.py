@@ -329,7 +329,7 @@ class Capture:
             run = partial(self._run_rule, layer, layer.rule, rest=rest, rows_per_sample=1)
             return self._shared.look_up(layer, run, x, self._rows_per_sample)
         check_layer_rows(layer, x, self._rows_per_sample, self._root_rows)
-        self._own.tell(str(layer), x)
+        self._own.tell(layer, x)
         return self._run_rule(layer, layer.rule, x, rest, self._rows_per_sample)
 
     def _run_rule_in_region(

@@ -105,7 +105,7 @@ class Owners:
         finally:
             self._told = None
 
-    def tell(self, where: str, t: Tensor, why: str = OTHER_ORDER) -> None:
+    def tell(self, where: object, t: Tensor, why: str = OTHER_ORDER) -> None:
         """Tell, if somebody listens, what is taken for the batch, and what it would say of mixing."""
         if self._told is not None:
             self._told.append((f"{where} {why}", t.detach()))
@@ -155,7 +155,7 @@ class Owners:
             raise OtherRowsError(layer, f"no input has the batch's {rows} rows")
         for i, t in _tensors(args, kwargs):
             if i in batched:
-                self.tell(str(layer), t)
+                self.tell(layer, t)
         trying, asked = self._learning.trying, self._told is not None
         results = self._as_it_is(layer, forward, args, kwargs) if trying or asked else []
         self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
@@ -166,7 +166,7 @@ class Owners:
         if trying:
             self._without_batch[layer.path] = without_batch(results, out)
         for t in with_batch(results, out) if asked else ():
-            self.tell(str(layer), t, MIXES)
+            self.tell(layer, t, MIXES)
         return self._with_batch(layer, out)
 
     def _as_it_is(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:

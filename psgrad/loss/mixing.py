@@ -52,9 +52,7 @@ class Head:
         try:
             with torch.enable_grad(), torch.autocast(device, enabled=False), plain:
                 return self._mixes()
-        except (
-            Exception
-        ):  # whatever a node may raise: there is none for a second derivative, or backward tells
+        except Exception:  # whatever a node raises: it has no second derivative, or backward will tell
             return None
 
     def _mixes(self) -> bool | None:
