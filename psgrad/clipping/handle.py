@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from psgrad.capture import Attached, attach, attach_repeatable
-from psgrad.capture.contribution import Contribution, PerParameter
+from psgrad.capture.contribution import Contribution
 from psgrad.clipping.adaptive import AdaptiveQuantile
 from psgrad.clipping.result import ClipResult, Gathered
 from psgrad.clipping.styles import ClippingStyle, Group, l2_bound
@@ -162,27 +162,25 @@ class ClipPerSample:
         scale = samples if self.loss_reduction == "mean" else 1
         norms = total_norms(sq_norms.values()) * scale
         group_norms = {path: total_norms([sq_norm]) * scale for path, sq_norm in sq_norms.items()}
-        group_factors, factors_of = self._factors(group_norms, norms.isfinite())
-        if self.into_sum and scale != 1:
-            self._held.release({p: factors * scale for p, factors in factors_of.items()})
-        else:
-            self._held.release(factors_of)
+        group_factors = self._factors(group_norms, norms.isfinite())
+        # One tensor for all parameters of a group: their weighted sums are computed together.
+        undone = scale if self.into_sum else 1
+        weights = {path: factors * undone for path, factors in group_factors.items()}
+        self._held.release({p: weight for path, weight in weights.items() for p in self._members[path]})
         factors = torch.stack(list(group_factors.values())).amin(0) if group_factors else norms
         self._result = ClipResult(
             norms, factors, self.l2_bound, group_norms, group_factors, self._held.passes
         )
         self._count(self._result)
 
-    def _factors(self, norms: dict[str, Tensor], finite: Tensor) -> tuple[dict[str, Tensor], PerParameter]:
-        """Return the factors by group and by parameter; a sample that is not finite has 0 in all."""
-        by_group: dict[str, Tensor] = {}
-        by_parameter: PerParameter = {}
+    def _factors(self, norms: dict[str, Tensor], finite: Tensor) -> dict[str, Tensor]:
+        """Return the factors by group; a sample that is not finite has 0 in all."""
+        found: dict[str, Tensor] = {}
         for group in self._groups:
             if group.path in norms:
                 factors = self.style.factors(norms[group.path], group.max_norm)
-                by_group[group.path] = factors = torch.where(finite, factors, torch.zeros_like(factors))
-                by_parameter |= dict.fromkeys(self._members[group.path], factors)
-        return by_group, by_parameter
+                found[group.path] = torch.where(finite, factors, torch.zeros_like(factors))
+        return found
 
     def _count(self, result: ClipResult) -> None:
         norms, so_far = result.norms, self._gathered

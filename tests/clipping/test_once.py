@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from psgrad import CaptureError, GradNorms, PerSampleGrads, clip_per_sample
+from psgrad.clipping import ClipPerSample, Flat
 from psgrad.ensemble import Ensemble
+from psgrad.side_by_side import SideBySide
 
 
 def make(kind):
@@ -46,3 +48,23 @@ def test_two_losses_of_one_pass_and_a_layer_called_twice_are_one_backward():
         out = model(model(x))
         (out.sum() + out.square().sum()).backward()
     assert model.weight.grad.norm() <= 5 * clip.l2_bound * (1 + 1e-5)
+
+
+def test_parameters_of_one_group_share_one_weighted_sum(monkeypatch):
+    """Whatever the sum is scaled by: a layer's weight and bias, and all that is small, come together."""
+    made = []
+    once = SideBySide.weighted_sum
+    monkeypatch.setattr(
+        SideBySide, "weighted_sum", lambda self, f: (made.append(len(self.parameters)), once(self, f))[1]
+    )
+    model, x = nn.Sequential(nn.Conv1d(2, 3, 3), nn.GroupNorm(1, 3), nn.Conv1d(3, 2, 3)), torch.randn(4, 2, 9)
+    grads = []
+    for into_sum in (False, True):
+        clip = ClipPerSample(model, Flat(1e-2), "mean", 1, into_sum=into_sum)
+        model(x).square().mean().backward()
+        clip.remove()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert made == [6, 6]
+    for mean, total in zip(*grads, strict=True):
+        torch.testing.assert_close(4 * mean, total)
