@@ -1,5 +1,6 @@
 """Every clipping style: its factors, its groups, its formal bound, on the models of the capture tests."""
 
+import dataclasses
 import math
 
 import pytest
@@ -25,6 +26,12 @@ CASES = {
 def test_every_style_has_a_case():
     assert CASES.keys() == STYLES.keys()
     assert all(type(CASES[name]) is STYLES[name] for name in STYLES)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_is_frozen(name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CASES[name].max_norm = 1.0
 
 
 def oracle(style, grads):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from psgrad import ConfigError
-from psgrad.dp import add_gaussian_noise, noise, noise_generator
+from psgrad.dp import add_gaussian_noise, noise, noise_generator, streams
 from psgrad.dp.noise import CHUNK
 from psgrad.dp.streams import stream
 
@@ -101,6 +101,12 @@ def test_noise_in_parts_is_all_drawn_anew(memory_format, dtype):
     assert dtype == torch.bfloat16 or drawn.unique().numel() > 0.95 * drawn.numel()
 
 
+def test_noise_in_parts_is_drawn_in_the_order_of_memory():
+    shape = (3, CHUNK // 3 + 7, 2, 1)
+    last = noise_of(shape, memory_format=torch.channels_last)
+    assert torch.equal(last.movedim(1, -1).flatten(), noise_of(shape).flatten())
+
+
 def test_a_gradient_with_gaps_gets_noise_everywhere():
     p = nn.Parameter(torch.zeros(CHUNK + 3))
     p.grad = torch.zeros(2 * CHUNK + 6)[::2]
@@ -122,11 +128,23 @@ def test_how_many_threads_there_are_does_not_matter_to_seeded_noise():
     assert not torch.equal(found[0], noise_of((3 * CHUNK + 5,), seed=5))
 
 
+def test_words_that_lie_elsewhere_in_the_state_are_noticed(monkeypatch):
+    assert streams.is_known.__wrapped__()
+    monkeypatch.setattr(streams, "_PLACE", slice(32, 32 + 8 * streams.WORDS))
+    assert not streams.is_known.__wrapped__()
+
+
 def test_a_state_that_is_kept_in_another_way_gives_no_weak_noise(monkeypatch):
     monkeypatch.setattr(noise, "is_known", lambda: False)
     with pytest.raises(ConfigError, match="32 bits"):
         noise_generator()
     assert noise_of((CHUNK + 1,)).std().item() == pytest.approx(3.0, rel=0.02)  # in one piece
+
+
+def test_without_noise_no_bound_is_needed():
+    (p,) = zero_grads((3,))
+    add_gaussian_noise([p], 0.0, math.inf, noise_generator())
+    assert not p.grad.any()
 
 
 def test_half_precision_parameters():
