@@ -141,7 +141,6 @@ class Held:
             accumulate(p, added)
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
-        self.settle()
         apart = {p for beside in self._small for p in beside.parameters}
         parts: list[Contribution | SideBySide] = list(self._small)
         for contribution in self._contributions():

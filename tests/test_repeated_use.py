@@ -1,11 +1,14 @@
 """A layer that is called several times is clipped by the sum of its calls, which nobody writes out."""
 
+from functools import reduce
+
 import pytest
 import torch
 from torch import nn
 
 from psgrad import clip_per_sample
 from psgrad.layers.linear import Linear
+from psgrad.repeated_use import repeated
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
@@ -58,6 +61,19 @@ def test_gradients_are_written_out_only_when_the_calls_are_larger(steps, written
     whole, rest = divmod(steps, 33)
     expected = [4 * 33] * whole + [4 * rest] if written else []
     assert [shape[0] for shape in made] == expected
+
+
+def test_what_was_written_out_is_among_the_tensors_that_are_held():
+    """A memory budget counts them."""
+    uses = []
+    model = Recurrent(8, True)
+    with clip_per_sample(model, 1.0) as clip:
+        add = clip.add
+        clip.add = lambda use: (uses.append(use), add(use))
+        squared_loss(model, torch.randn(3, 7, 8)).backward()
+    together = reduce(repeated, [use for use in uses if use.path == "step"])
+    parts = [*together.uses, together.written]  # 64 weights and 8 biases against 16 numbers a call
+    assert {id(t) for t in together.tensors()} == {id(t) for part in parts for t in part.tensors()}
 
 
 def test_norms_and_sums_are_computed_without_autocast():

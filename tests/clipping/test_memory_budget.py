@@ -228,15 +228,39 @@ def test_a_larger_batch_than_fits_is_found_out_again_and_a_smaller_one_is_held()
         assert [passes(5), passes(1), passes(4)] == [2, 1, 2]
 
 
+@pytest.mark.parametrize("budget", [LEAST, 200, MIB])
+def test_a_pass_that_failed_leaves_nothing_for_the_next(budget):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)).double(), torch.randn(6, 4).double()
+    expected = oracle(CASES["flat"], grads_one_by_one(model, squared_loss, [x]))
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with clip_per_sample(model, 0.3, memory_budget=budget):
+        for _ in range(2):
+            failing = model[1].register_full_backward_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                squared_loss(model, x).backward()
+            failing.remove()
+            model.zero_grad()
+            squared_loss(model, x).backward()
+            assert_same({n: 6 * g for n, g in grads_of(model).items()}, expected)
+
+
 class PartlyTwice(nn.Module):
     def __init__(self):
         super().__init__()
         self.wide = nn.Linear(4, 50)
         self.twice = nn.Linear(50, 50)
         self.head = nn.Linear(50, 3)
+        self.calls = 2
 
     def forward(self, x):
-        return self.head(self.twice(torch.tanh(self.twice(torch.tanh(self.wide(x))))))
+        x = self.wide(x)
+        for _ in range(self.calls):
+            x = self.twice(torch.tanh(x))
+        return self.head(x)
 
 
 def test_a_parameter_that_is_used_twice_is_held_beside_what_comes_again():
@@ -255,6 +279,19 @@ def test_a_parameter_that_is_used_twice_is_held_beside_what_comes_again():
         pytest.raises(ConfigError, match=r"9,\d{3} bytes|of 'twice' are used several times"),
     ):
         squared_loss(model, x).backward()
+
+
+def test_a_parameter_whose_second_use_comes_when_others_are_let_go_of_has_the_norm_of_the_sum():
+    torch.manual_seed(0)
+    model, x = PartlyTwice().double(), torch.randn(6, 4, dtype=torch.double)
+    with clip_per_sample(model, 0.3, memory_budget=4 * 6 * 50 * 8 + 100) as clip:
+        for calls, passes in ((1, 3), (1, 2), (2, 3), (2, 2)):
+            model.calls = calls
+            expected = oracle(CASES["flat"], grads_one_by_one(model, squared_loss, [x]))
+            model.zero_grad()
+            squared_loss(model, x).backward()
+            assert_same({n: 6 * g for n, g in grads_of(model).items()}, expected)
+            assert clip.result.passes == passes
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.0, float("nan"), float("inf"), "1 GiB"])

@@ -122,15 +122,16 @@ def test_two_batches_of_the_loader_are_never_one_step():
     optimizer.step()
 
 
-def test_one_batch_in_parts_by_hand_and_one_drawn_ahead_are_one_step_each():
+@pytest.mark.parametrize("drawn", ["before backward", "before the step"])
+def test_one_batch_in_parts_by_hand_and_one_drawn_ahead_are_one_step_each(drawn):
     model, optimizer, loader = private()
     batches = iter(loader)
     x, y = next(batches)
     for _ in range(3):
-        following = next(batches)
+        following = next(batches) if drawn == "before backward" else None
         for part in range(0, max(1, len(x)), 2):
             backward(model, x[part : part + 2], y[part : part + 2])
-        x, y = following
+        x, y = following or next(batches)
         optimizer.step()
     assert optimizer.accountant.history == [(1.0, 0.25, 3)]
 
