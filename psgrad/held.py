@@ -134,8 +134,8 @@ class Held:
     def release(self, factors: PerParameter) -> None:
         """Add `sum_n factors[p][n] * grads[p][n]` to every parameter's `.grad`, and hold nothing any more.
 
-        `factors` is `[N]`, or `[K, N]`, for every parameter; parameters that are clipped together share one
-        tensor.
+        To be called after `sq_norms` of all. `factors` is `[N]`, or `[K, N]`, for every parameter; parameters
+        that are clipped together share one tensor.
         """
         for p, added in self._weighted_sums(factors).items():
             accumulate(p, added)

@@ -81,10 +81,8 @@ def outliers(norms: Tensor, factor: float) -> Tensor:
         raise ConfigError(f"factor must be 0 or more, got {factor}")
     finite = norms.isfinite()
     size = norms.where(finite, norms.new_tensor(float("inf")))
-    out = ~finite
-    if finite.any():
-        median = norms[finite].median()
-        deviation = 1.4826 * (norms[finite] - median).abs().median()
-        out = out | (size > median + factor * deviation)
+    median = norms[finite].median()  # NaN, of which nothing is more, where no norm is finite
+    deviation = 1.4826 * (norms[finite] - median).abs().median()
+    out = ~finite | (size > median + factor * deviation)
     order = size.argsort(descending=True, stable=True)
     return order[out[order]]

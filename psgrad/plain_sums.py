@@ -41,6 +41,8 @@ class PlainSums(Held):
     def release_all(self, norms: Tensor) -> AddedNorm:
         """Add the plain sum to every parameter's `.grad`, also of what is not finite, and hold nothing.
 
+        To be called after `sq_norms` of all.
+
         Parameters
         ----------
         norms
@@ -52,7 +54,6 @@ class PlainSums(Held):
             The squared norm of all that was added, a scalar, or of every member `[K]`.
 
         """
-        self.settle()
         sums = self._sums
         for p in sums:
             del self._where[p]

@@ -7,6 +7,7 @@ from torch import nn
 from psgrad import ConfigError, GradNorms
 from psgrad.layers.conv import Convolution
 from psgrad.layers.linear import Linear
+from psgrad.norm_statistics import outliers
 from tests.capture.test_capture import MODELS, make
 from tests.model_oracle import grads_one_by_one, squared_loss
 
@@ -110,6 +111,14 @@ def test_outliers_are_those_far_from_the_median_and_those_not_finite():
     assert monitor.outliers(factor=1e6).tolist() == [4]
     with pytest.raises(ConfigError, match="factor"):
         monitor.outliers(-1)
+
+
+def test_an_outlier_is_more_than_so_many_deviations_above_the_median():
+    norms = torch.tensor([2.0, 4.0, 6.0, 8.0, 20.0])  # median 6, and 2 of the distances from it
+    assert outliers(norms, 7 / 1.483).tolist() == [4]
+    assert outliers(norms, 7 / 1.482).tolist() == []
+    assert outliers(norms, 0.0).tolist() == [4, 3]
+    assert outliers(torch.tensor([torch.inf, torch.nan]), 1.0).tolist() == [0, 1]
 
 
 def test_an_empty_batch_has_no_outliers():

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from psgrad import ConfigError, PerSampleGrads, RefusedModelError, ShapeError, check_rows_independent
+from psgrad import (
+    ConfigError,
+    PerSampleGrads,
+    RefusedModelError,
+    ShapeError,
+    check_rows_independent,
+    independence,
+)
+from psgrad.watch import Watched
 
 
 class BatchMean(nn.Module):
@@ -32,6 +40,13 @@ class Rolled(nn.Module):
 
     def forward(self, x):
         return x + x.roll(-1, 0)
+
+
+class FirstToAll(nn.Module):
+    """Every sample sees the first, which sees itself alone."""
+
+    def forward(self, x):
+        return x + x[:1]
 
 
 class InPlaceMean(nn.Module):
@@ -76,6 +91,7 @@ class SequenceFirst(nn.Module):
         (nn.Sequential(nn.Linear(3, 3), BatchMean(), nn.Linear(3, 3)), r"^1 \(BatchMean\)"),
         (nn.Sequential(nn.Linear(3, 3), MeanThenChild()), r"^1 \(MeanThenChild\)"),
         (nn.Sequential(nn.Sequential(nn.Tanh(), Rolled()), nn.Linear(3, 3)), r"^0\.1 \(Rolled\)"),
+        (nn.Sequential(nn.Linear(3, 3), FirstToAll()), r"^1 \(FirstToAll\)"),
         (nn.Sequential(nn.Linear(3, 3), InPlaceMean()), r"^1 \(InPlaceMean\)"),
         (nn.Sequential(RandomPairs(), nn.Linear(3, 3)), r"^0 \(RandomPairs\)"),
         (nn.Sequential(nn.Linear(3, 3), RememberedMax()), r"^1 \(RememberedMax\).*buffers"),
@@ -147,6 +163,42 @@ def test_words_and_shared_inputs():
     check_rows_independent(Bag(), {"ids": torch.randint(7, (4, 5))}, torch.rand(5))
     with pytest.raises(ConfigError, match="alike"):
         check_rows_independent(Bag(), {"ids": torch.ones(4, 5, dtype=torch.long)}, torch.rand(5))
+
+
+def test_masks_and_tensors_of_no_element():
+    class Masked(nn.Module):
+        def forward(self, x, mask, nothing):
+            return x.masked_fill(mask, 0.0), torch.cat([nothing, x[:, :0]], 1)
+
+    x = torch.randn(4, 3)
+    check_rows_independent(Masked(), x, x > 0, x[:, :0])
+
+
+@pytest.mark.parametrize(
+    "values", [torch.rand(50) + 2, torch.full((5,), 3.0), torch.arange(2, 9), torch.tensor([True, False])]
+)
+def test_what_samples_are_exchanged_for_differs_everywhere_within_the_same_range(values):
+    torch.manual_seed(0)
+    other = independence._other_values(values)
+    assert (other != values).all()
+    top = values.max() + (values.min() == values.max())
+    assert (other >= values.min()).all()
+    assert (other <= top).all()
+
+
+def test_what_moves_no_more_than_from_pass_to_pass_is_no_mixture():
+    nobody, first = torch.tensor([False, False]), torch.tensor([True, False])
+    for moved, apart in ((4e-6, True), (9e-6, False)):
+        seen = Watched(torch.zeros(2))
+        seen.compare(torch.tensor([0.0, 1e-6]), nobody)
+        seen.compare(torch.tensor([1.0, moved]), first)
+        assert seen.apart is apart
+    seen = Watched(torch.tensor([1.0, torch.nan]))
+    seen.compare(seen.value, nobody)
+    seen.compare(torch.tensor([2.0, torch.nan]), first)
+    assert seen.apart
+    seen.compare(torch.tensor([2.0, 1.0]), first)
+    assert not seen.apart
 
 
 def test_everything_is_given_back():
