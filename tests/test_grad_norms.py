@@ -102,6 +102,21 @@ def test_the_noise_of_one_sample_cannot_be_told():
             _ = monitor.noise_scale
 
 
+def test_an_instance_norm_in_evaluation_mode_takes_its_statistics_from_the_input():
+    model, x = nn.InstanceNorm1d(3, affine=True).double().eval(), torch.randn(4, 3, 5, dtype=torch.double)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with GradNorms(model) as monitor:
+        squared_loss(model, x).backward()
+    torch.testing.assert_close(monitor.norms, sum(g.square().sum(1) for g in expected.values()).sqrt())
+
+
+def test_norms_of_an_embedding_in_half_precision_are_added_up_in_float32():
+    model, words = nn.Embedding(5000, 8, dtype=torch.bfloat16), torch.zeros(2, 300, dtype=torch.long)
+    with GradNorms(model, "sum") as monitor:
+        model(words).sum().backward()  # each of 8 elements is 300, of which bfloat16 would count 256
+    assert monitor.norms.tolist() == pytest.approx([300 * 8**0.5] * 2, rel=1e-5)
+
+
 def test_outliers_are_those_far_from_the_median_and_those_not_finite():
     model = nn.Linear(2, 1, bias=False)
     size = torch.tensor([1.0, 1.1, 30.0, 0.9, float("nan"), 1.05, 0.95, 40.0])
