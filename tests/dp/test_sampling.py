@@ -122,6 +122,7 @@ def test_two_batches_of_the_loader_are_never_one_step():
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("error:a step of")
 @pytest.mark.parametrize("drawn", ["before backward", "before the step"])
 def test_one_batch_in_parts_by_hand_and_one_drawn_ahead_are_one_step_each(drawn):
     model, optimizer, loader = private()
