@@ -7,7 +7,7 @@ in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -51,6 +51,7 @@ class ClipPerSample:
         """Whether the clipped sum lands in `.grad`, also where the loss is a mean."""
         self.removed = False
         """Whether gradients are not clipped any more."""
+        self._on_removal: list[Callable[[], None]] = []
         self._result: ClipResult | None = None
         check = LossCheck(self.loss_reduction, samples_must_not_mix=True)
         self._capture: Attached
@@ -239,10 +240,16 @@ class ClipPerSample:
             raise ConfigError("this state has no max_norm: the bound in force would be forgotten")
         self._use(replace(self.style, max_norm=state["max_norm"]))  # type: ignore[type-var]  # a dataclass
 
+    def on_removal(self, call: Callable[[], None]) -> None:
+        """Call `call` when the handle is removed, for those who have left something on the module as well."""
+        self._on_removal.append(call)
+
     def remove(self) -> None:
-        """Detach from the module."""
+        """Detach from the module. Twice is as good as once."""
         self.removed = True
         self._capture.remove()
+        while self._on_removal:
+            self._on_removal.pop()()
 
     def __enter__(self) -> ClipPerSample:
         return self

@@ -26,6 +26,7 @@ from psgrad.dp.arguments import (
 from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of, share_of_batch
 from psgrad.dp.optimizer import PrivateOptimizer
+from psgrad.dp.wrapper_names import give_wrapper_names
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.loss import LossReduction
 
@@ -204,6 +205,7 @@ class PrivacyEngine:
         except BaseException:  # the data set's own among them
             clip.remove()
             raise
+        give_wrapper_names(module, private)
         self._in_use = True
         self._not_poisson |= not poisson
         if grad_sample_mode == "ghost":
