@@ -23,13 +23,14 @@ from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_unsee
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
-from psgrad.capture.mixed import refuse_mixed
+from psgrad.capture.mixed import Batch, refuse_mixed
 from psgrad.capture.owners import Owners
 from psgrad.capture.parametrized import Carried, Computed
 from psgrad.capture.recorder import (
     Consumer,
     ForwardCall,
     Recorder,
+    frozen,
     leaves_for,
     not_captured,
     refuse_changed,
@@ -65,14 +66,14 @@ class Capture:
     module
         Any module. It is changed in one way only: the `forward` of layers with trainable parameters, and
         of modules that must run one sample at a time, is shadowed on the instance. A copy
-        (`copy.deepcopy`, pickle) is free of the capture. Its first batch runs once more, in a trial with
-        another number of samples, which tells the axis of the batch from others of its length.
+        (`copy.deepcopy`, pickle) is free of the capture. Frozen as a whole, it runs as without. Its first
+        batch runs once more, in a trial with another number of samples, which tells the axis of the batch.
     consumer
         Is told.
     rows_per_sample
         K, the consecutive rows of the batch (axis 0 of every input) that make one sample.
     loss
-        Looks at the losses over what the module returns, until `remove()`.
+        Looks at losses over what the module returns.
     repeatable
         Whether the consumer may call `again`. The module's graph is then apart from that of the loss, which
         only what the module returns may reach; it serves one backward pass.
@@ -166,7 +167,7 @@ class Capture:
         self._recorder.again(take, [self.anchor, *self._trainable.values()], keep=keep)
 
     def no_more(self) -> None:
-        """Let go of what forward saved: the consumer will not ask for `again`."""
+        """Let go of what forward saved: nobody will ask for `again`."""
         self._recorder.end_calls()
 
     def remove(self) -> None:
@@ -189,6 +190,8 @@ class Capture:
 
     def _run_root(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the whole module, knowing how many rows its batch has."""
+        if frozen(self._module, self._trainable):
+            return forward(*args, **kwargs)
         rows = first_rows(args, kwargs)
         if torch.is_grad_enabled():
             self._refuse_mixing()
@@ -208,9 +211,9 @@ class Capture:
         Raises
         ------
         RefusedModelError
-            If the model mixes samples. A batch of one cannot tell; then the next one is asked.
+            If the model mixes samples. A batch of one cannot tell; then the next is asked.
         CaptureError
-            If only all samples work. What neither can do is told as it is without psgrad.
+            If only all samples work.
 
         """
         failed = None
@@ -224,8 +227,9 @@ class Capture:
             failed = error
         else:
             if rows > self._rows_per_sample:
-                run = partial(self._own.run_and_tell, run)
-                refuse_mixed(self._module, run, (args, kwargs), rows, self._rows_per_sample)
+                batch = Batch((args, kwargs), rows, self._rows_per_sample, self._learning.layout)
+                tell = partial(self._own.run_and_tell, run)
+                refuse_mixed(self._module, tell, batch, self._learning.of_samples)
                 self._learned = True
         out = self._run_batch(forward, args, kwargs, rows)
         if failed is not None:
@@ -273,14 +277,7 @@ class Capture:
         return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
 
     def _widen(self, path: str) -> Layer | None:
-        """Make the next module around this one a region: there all rows are one sample's.
-
-        Returns
-        -------
-        Layer | None
-            The region, or None if no module is left.
-
-        """
+        """Make the next module around this one a region, where all rows are one sample's; None if none is."""
         while path:
             path = path.rpartition(".")[0]
             module = self._module.get_submodule(path)
@@ -307,7 +304,7 @@ class Capture:
             If it is called from a vmap that is not the present region's.
 
         """
-        if not torch.is_grad_enabled() or self._own.as_it_is:
+        if not torch.is_grad_enabled() or self._own.as_it_is or not layer.trains:
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
         region = self._own.region
@@ -319,7 +316,7 @@ class Capture:
             refuse_vmapped(layer, self.regions)
         if layer.rule is None:
             return self._own.run(layer, forward, args, kwargs, self._root_rows)
-        if not layer.trains or (region is not None and region.samples == 0):
+        if region is not None and region.samples == 0:
             return forward(*args, **kwargs)
         x, *rest = args if args else (kwargs["input"],)
         rest += [value for name, value in kwargs.items() if name != "input"]

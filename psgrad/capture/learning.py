@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from psgrad.capture.region_inputs import Lengths, RegionInputs
 from psgrad.capture.survey import Layer
-from psgrad.capture.trial import other_numbers_of_samples, without_trace
+from psgrad.capture.trial import Layout, in_front, layouts_of, other_numbers_of_samples, without_trace
 from psgrad.graph import leaves_of
 
 __all__ = ["Learning", "Run"]
@@ -43,6 +43,8 @@ class Learning:
         Whether a trial is running.
     done
         Whether `learn` has come to its end.
+    layout
+        Where the model's inputs have the batch.
 
     """
 
@@ -58,6 +60,8 @@ class Learning:
         self._rows_per_sample = rows_per_sample
         self._widen = widen
         self._inputs = RegionInputs()
+        self._results: list[tuple[int, list[int | None]]] = []  # of trials: rows, and lengths of axis 0
+        self.layout: Layout = in_front
         self.trying = self.done = False
 
     def batched(self, path: str, lengths: Lengths, rows: int) -> set[int]:
@@ -65,6 +69,10 @@ class Learning:
         if self.trying:
             self._inputs.see(path, lengths)
         return self._inputs.batched(path, lengths, rows)
+
+    def of_samples(self, position: int) -> bool:
+        """Whether the tensor there among the model's results grew as the batch did, as far as is known."""
+        return all(position >= len(found) or found[position] == rows for rows, found in self._results)
 
     def learn(self, run: Run, args: Any, kwargs: Any, rows: int) -> None:
         """Try the batch, until no further module must become a region.
@@ -82,9 +90,21 @@ class Learning:
             Whatever the model raises in a trial.
 
         """
+        failed: dict[Layout, Exception] = {}
+        for layout in layouts_of((args, kwargs), rows):
+            try:
+                self._learn(run, args, kwargs, rows, layout)
+            except Exception as error:  # whatever a model may raise; another layout may be the right one
+                failed[layout] = error
+            else:
+                self.layout, self.done = layout, True
+                return
+        raise failed[in_front]
+
+    def _learn(self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout) -> None:
         self.trying = True
         try:
-            while around := self._try_out(run, args, kwargs, rows):
+            while around := self._try_out(run, args, kwargs, rows, layout):
                 widened: list[nn.Module] = []
                 for path in around:
                     inner = self._module.get_submodule(path)
@@ -96,14 +116,14 @@ class Learning:
                     break  # what cannot be captured is refused in backward, by name
         finally:
             self.trying = False
-        self.done = True
 
-    def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
+    def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout) -> list[str]:
         """Return paths of what must run in a region around it."""
         self._inputs.forget()
+        self._results.clear()
         failed: Exception | None = None
         for some_args, some_kwargs, some in other_numbers_of_samples(
-            args, kwargs, rows, self._rows_per_sample
+            args, kwargs, rows, self._rows_per_sample, layout
         ):
             self._inputs.begin(some)
             try:
@@ -123,5 +143,7 @@ class Learning:
         """Run, and return the owners of parameters that the graph shows used outside of what is captured."""
         with without_trace(self._module):
             out = run(args, kwargs, rows)
-        leaves = leaves_of(t for t in tree_leaves(out) if isinstance(t, Tensor))
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self._results.append((rows, [t.shape[0] if t.ndim else None for t in results]))
+        leaves = leaves_of(results)
         return [self._owners[p] for p in leaves if isinstance(p, nn.Parameter) and p in self._owners]

@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from psgrad.capture.trial import picked, without_trace
+from psgrad.capture.trial import Layout, picked, without_trace
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.independence import Call, why_mixed
 
-__all__ = ["refuse_mixed"]
+__all__ = ["Batch", "refuse_mixed"]
 
 Run = Callable[[Any, Any, int], tuple[Any, list[tuple[str, Tensor]]]]
 """Runs the whole model on args and kwargs of so many rows; tells what else has the batch in axis 0, and
 what it says if one sample's rows there depend on another's."""
 
 
-def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sample: int) -> None:
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with.
+
+    Attributes
+    ----------
+    call
+        Its args and kwargs.
+    rows
+        N K, N > 1.
+    rows_per_sample
+        K.
+    layout
+        Where its tensors have the batch.
+
+    """
+
+    call: Call
+    rows: int
+    rows_per_sample: int
+    layout: Layout
+
+    def of(self, samples: tuple[int, ...]) -> Call:
+        """Return the call with these samples."""
+        some = [n * self.rows_per_sample + k for n in samples for k in range(self.rows_per_sample)]
+        return picked(self.call, self.rows, some, self.layout)
+
+    @property
+    def others(self) -> tuple[int, int]:
+        """What is exchanged for sample 0, and what for sample 1."""
+        return (2, 2) if self.rows > 2 * self.rows_per_sample else (1, 0)
+
+
+def refuse_mixed(module: nn.Module, run: Run, batch: Batch, of_samples: Callable[[int], bool]) -> None:
     """Raise if a result of the model for one sample depends on another sample, or a layer's row does.
 
     Only real samples are tried, three at most, in five runs of two; only what has the batch in axis 0 is
@@ -34,12 +68,11 @@ def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sa
         The model.
     run
         Runs it as it will be run, modules that run one sample at a time included.
-    call
-        Its args and kwargs, of N K rows, N > 1.
-    rows
-        N K.
-    rows_per_sample
-        K.
+    batch
+        To take samples of.
+    of_samples
+        Whether a tensor that it returns, by position, may have the batch in axis 0: a state `[layers, N, ..]`
+        is as long with two layers.
 
     Raises
     ------
@@ -47,10 +80,10 @@ def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sa
         If it does. Names the submodule that mixes, if that is to be found.
 
     """
-    first, second = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
+    first, second = batch.others
     runs: list[_Results] = []  # the first and the last
     for samples in ((0, 1), (0, 1), (0, second), (first, 1), (first, 0)):
-        results = _Results(module, run, call, samples, rows, rows_per_sample)
+        results = _Results(module, run, batch, samples, of_samples)
         for other in runs:
             if not results.comparable(other):
                 return
@@ -58,14 +91,8 @@ def refuse_mixed(module: nn.Module, run: Run, call: Call, rows: int, rows_per_sa
             if where is not None and samples == other.samples:
                 return
             if where is not None:
-                raise RefusedModelError(_why(module, where, call, rows, rows_per_sample))
+                raise RefusedModelError(_why(module, where, batch))
         runs = [*runs[:1], results]
-
-
-def _picked(call: Call, samples: tuple[int, ...], rows: int, rows_per_sample: int) -> Call:
-    """Take these samples of a batch."""
-    some = [n * rows_per_sample + k for n in samples for k in range(rows_per_sample)]
-    return picked(call, rows, some)
 
 
 RESULT = ""
@@ -79,19 +106,19 @@ class _Results:
         self,
         module: nn.Module,
         run: Run,
-        call: Call,
+        batch: Batch,
         samples: tuple[int, int],
-        rows: int,
-        rows_per_sample: int,
+        of_samples: Callable[[int], bool],
     ) -> None:
         self.samples = samples
-        two = 2 * rows_per_sample
+        two = 2 * batch.rows_per_sample
         with without_trace(module):
-            out, taken = run(*_picked(call, samples, rows, rows_per_sample), two)
+            out, taken = run(*batch.of(samples), two)
             self._random = torch.get_rng_state()
-        found = [(RESULT, t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        found = [(RESULT, t) for i, t in enumerate(results) if of_samples(i)]
         tensors = [(where, t.detach()) for where, t in found + taken if t.shape[:1] == (two,)]
-        self._tensors = [(where, t.unflatten(0, (2, rows_per_sample))) for where, t in tensors]
+        self._tensors = [(where, t.unflatten(0, (2, batch.rows_per_sample))) for where, t in tensors]
 
     def comparable(self, other: _Results) -> bool:
         """Whether both drew as many random numbers, and returned and took the same shapes."""
@@ -113,17 +140,17 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return not torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _why(module: nn.Module, where: str, call: Call, rows: int, rows_per_sample: int) -> str:
+def _why(module: nn.Module, where: str, batch: Batch) -> str:
     """Name the submodule that mixes, if it is to be found."""
     if where != RESULT:
         return where
-    others = (2, 2) if rows > 2 * rows_per_sample else (1, 0)
+    first, second = batch.others
     runs = [
-        (torch.tensor(changed), _picked(call, samples, rows, rows_per_sample))
+        (torch.tensor(changed), batch.of(samples))
         for changed, samples in (
             ((False, False), (0, 1)),
-            ((False, True), (0, others[1])),
-            ((True, False), (others[0], 1)),
+            ((False, True), (0, second)),
+            ((True, False), (first, 1)),
         )
     ]
     try:

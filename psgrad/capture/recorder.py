@@ -19,6 +19,7 @@ __all__ = [
     "Consumer",
     "ForwardCall",
     "Recorder",
+    "frozen",
     "leaves_for",
     "not_captured",
     "refuse_changed",
@@ -123,6 +124,8 @@ class Recorder:
                 f"one backward pass saw {samples} samples in {path!r} and {contribution.samples} in "
                 f"{contribution.path!r}: all inputs of a backward pass need the same batch"
             )
+        if not contribution.parameters:
+            self._check()  # which says what was frozen since
         self._device_type = contribution.parameters[0].device.type
         with self._full_precision():
             (self._instead or self._consumer.add)(contribution)
@@ -295,3 +298,11 @@ def refuse_changed(before: Mapping[str, nn.Parameter], now: Mapping[str, nn.Para
 def trainable_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the module's trainable parameters by path, each once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def frozen(module: nn.Module, trainable: Mapping[str, nn.Parameter]) -> bool:
+    """Whether all that a capture was attached to is frozen now, and nothing else of the module to train.
+
+    Then there is no gradient to capture: a discriminator is frozen while a generator trains through it.
+    """
+    return not any(p.requires_grad for p in trainable.values()) and not trainable_of(module)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture import Consumer, Contribution
-from psgrad.capture.recorder import leaves_for, not_captured, refuse_changed, trainable_of
+from psgrad.capture.recorder import frozen, leaves_for, not_captured, refuse_changed, trainable_of
 from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
@@ -117,9 +117,9 @@ class MemberCapture:
         unshadow_forward(self._ensemble)
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the ensemble, captured if gradients are being recorded."""
+        """Run the ensemble, captured if gradients are being recorded and anything is to train."""
         inputs, own = _inputs_of(self._ensemble.stacked, *args, **kwargs)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or frozen(self._ensemble, self._trainable):
             return forward(*args, **kwargs)
         if self._open and torch._C._current_graph_task_id() == -1:
             self.abandon()  # a backward pass ended in an error
