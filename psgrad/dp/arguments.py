@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -15,18 +16,28 @@ from psgrad.clipping import ClippingStyle, PerLayer, as_style
 from psgrad.errors import ConfigError, RefusedModelError
 
 __all__ = [
+    "ADAPTIVE",
     "MODES",
     "MaxGradNorm",
     "expected_batch_size",
     "refuse_closures",
-    "refuse_distributed",
     "refuse_half_precision",
     "refuse_options",
     "style_of",
+    "unwrapped",
 ]
 
 MODES = ("hooks", "functorch", "ew", "ghost")
 """Opacus's ways of computing: here all are the planner's, and "ghost" returns the criterion as well."""
+
+ADAPTIVE = {
+    "target_unclipped_quantile": "quantile",
+    "clipbound_learning_rate": "learning_rate",
+    "unclipped_num_std": "count_noise",
+    "min_clipbound": "left out, as its bound has no limits",
+    "max_clipbound": "left out, as its bound has no limits",
+}
+"""Options of Opacus's adaptive clipping, and what they are here."""
 
 MaxGradNorm = float | Sequence[float] | ClippingStyle
 
@@ -61,7 +72,20 @@ def style_of(module: nn.Module, max_grad_norm: MaxGradNorm, clipping: str | None
     return PerLayer(dict(zip(names, max_grad_norm, strict=True)))
 
 
-def refuse_distributed(module: nn.Module) -> None:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module to attach to: what Opacus has wrapped is taken out of its wrapper, for good.
+
+    Raises
+    ------
+    RefusedModelError
+        If several processes, or copies of the module, would each clip and add noise.
+
+    """
+    _refuse_distributed(module)
+    return module.to_standard_module() if isinstance(module, AbstractGradSampleModule) else module
+
+
+def _refuse_distributed(module: nn.Module) -> None:
     """Raise where several processes, or copies of the module, would each clip and add noise.
 
     Raises
@@ -134,6 +158,12 @@ def refuse_options(batch_first: bool, rand_on_empty: bool, mode: str, unknown: M
         raise ConfigError("rand_on_empty=True is not needed: an empty batch is a step of noise")
     if mode not in MODES:
         raise ConfigError(f"grad_sample_mode {mode!r}: there are {', '.join(MODES)}")
+    of_adaptive = [f"{name} is {field}" for name, field in ADAPTIVE.items() if name in unknown]
+    if of_adaptive:
+        raise ConfigError(
+            "the adaptive style has its settings in max_grad_norm=psgrad.clipping.AdaptiveQuantile(max_norm, "
+            f"expected_batch_size, ...), without clipping='adaptive': {', '.join(of_adaptive)}"
+        )
     if unknown:
         raise ConfigError(
             f"make_private has no option {', '.join(sorted(unknown))}. A style's settings go into the "

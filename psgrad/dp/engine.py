@@ -19,9 +19,9 @@ from psgrad.dp.accounting import accountant_named, epsilon_spent, load_spent, no
 from psgrad.dp.arguments import (
     MaxGradNorm,
     expected_batch_size,
-    refuse_distributed,
     refuse_options,
     style_of,
+    unwrapped,
 )
 from psgrad.dp.checkpoints import from_opacus
 from psgrad.dp.loader import PoissonLoader, sample_rate_of, share_of_batch
@@ -126,12 +126,11 @@ class PrivacyEngine:
         Parameters
         ----------
         module
-            Any module, in training mode.
+            Any module, in training mode; Opacus's wrapper is taken off.
         optimizer
             Any of `torch.optim`, over parameters of the module.
         criterion
-            The loss; returned, as it is, under grad_sample_mode="ghost". If it states its reduction,
-            `loss_reduction` is compared with it.
+            The loss; returned as it is under grad_sample_mode="ghost". A reduction it states is compared.
         data_loader
             Of a map-style data set; its expected batch size stays. With Poisson sampling every batch that the
             returned one yields is the batch of one step, which may take it in parts.
@@ -178,7 +177,7 @@ class PrivacyEngine:
 
         """
         refuse_options(batch_first, rand_on_empty, grad_sample_mode, unknown)
-        refuse_distributed(module)
+        module = unwrapped(module)
         if not module.training:
             raise ConfigError("the module is in evaluation mode: call module.train() first")
         if isinstance(getattr(criterion, "reduction", None), str):  # else `backward` reads the loss's graph

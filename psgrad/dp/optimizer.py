@@ -16,6 +16,7 @@ from psgrad.dp.accounting import load_spent
 from psgrad.dp.arguments import refuse_closures, refuse_half_precision
 from psgrad.dp.batches import SampledBatches
 from psgrad.dp.noise import add_gaussian_noise, noise_generator
+from psgrad.dp.optimizer_names import INSTEAD
 from psgrad.errors import ConfigError
 
 __all__ = ["PrivateOptimizer"]
@@ -280,6 +281,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def accountant(self) -> IAccountant:
         """Who is told of every step: the same from the first to the last."""
         return self._accountant
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """Those that are clipped, which Opacus calls so."""
+        return self.parameters
+
+    @property
+    def loss_reduction(self) -> str:
+        """Of the loss over its batch, "mean" or "sum"."""
+        return self.clip.loss_reduction
+
+    def __getattr__(self, name: str) -> Any:
+        instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     @property
     def accumulated_iterations(self) -> int:

@@ -1,14 +1,18 @@
-"""`model._module` and what else scripts ask Opacus's wrapper for, on a model that nothing wraps."""
+"""What scripts ask Opacus's wrapper and optimizer for: `model._module`, on a model that nothing wraps."""
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from psgrad import PsgradError
+from psgrad import ConfigError, PsgradError
 from psgrad.clipping import AdaptiveQuantile
+from psgrad.dp.optimizer_names import INSTEAD
 from tests.dp.problems import backward, dataset, network, private
 
 
@@ -94,3 +98,33 @@ def test_a_frozen_parameter_s_gradient_is_dropped_too():
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model.zero_grad()
     assert model[0].weight.grad is None
+
+
+def test_a_model_that_opacus_has_wrapped_is_taken_out():
+    """Its hooks would go on, and hold every batch's per-sample gradients."""
+    inner = network()
+    model, optimizer, _ = private(model=GradSampleModule(inner))
+    assert model is inner
+    step(model, 2)
+    optimizer.step()
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_what_the_optimizer_has_not_names_what_has():
+    _, optimizer, _ = private()
+    assert optimizer.params == optimizer.parameters
+    assert optimizer.loss_reduction == "mean"
+    for name, instead in INSTEAD.items():
+        assert hasattr(DPOptimizer, name) or name in ("step_hook", "virtual_step", "secure_mode")
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}': {re.escape(instead)}"):
+            getattr(optimizer, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'parms'$"):
+        _ = optimizer.parms
+
+
+def test_options_of_opacus_s_adaptive_clipping_are_told_where_they_are():
+    options = {"target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "unclipped_num_std": 1.0}
+    with pytest.raises(
+        ConfigError, match=r"target_unclipped_quantile is quantile, clipbound_learning_rate is"
+    ):
+        private(clipping="adaptive", min_clipbound=0.1, max_clipbound=9.0, **options)
