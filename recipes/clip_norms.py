@@ -22,8 +22,9 @@ from tqdm import tqdm
 from psgrad import GradNorms, PsgradError, clip_per_sample, keep_freed_memory
 from recipes.config import Settings, from_command_line
 from recipes.data import DataName, Images, load_images
-from recipes.models import small_cnn
-from recipes.runs import Interruptible, RunFolder, plot_norms
+from recipes.models import accuracy, small_cnn
+from recipes.pictures import plot_norms
+from recipes.runs import Interruptible, RunFolder
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "clip_norms.toml"
 Positive = Annotated[float, Field(gt=0)]
@@ -157,13 +158,6 @@ def separation(norms: Tensor, wrong: Tensor) -> float:
     """Chance that a wrong label's norm is above a right label's: the area under the ROC curve."""
     below = torch.searchsorted(norms[~wrong].sort().values, norms[wrong])
     return below.double().mean().item() / max(1, int((~wrong).sum()))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Fraction of the test images that are classified right."""
-    parts = zip(images.test_x.split(2000), images.test_y.split(2000), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in parts) / len(images.test_y)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import tyro
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -32,8 +32,9 @@ from psgrad.dp import (
 from recipes.augment import random_affine
 from recipes.config import Settings, from_command_line, from_table
 from recipes.data import DataName, Images, load_images
-from recipes.models import small_cnn
-from recipes.runs import Interruptible, RunFolder, plot_privacy
+from recipes.models import accuracy, small_cnn
+from recipes.pictures import plot_privacy
+from recipes.runs import Interruptible, RunFolder
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "train_dp.toml"
 Positive = Annotated[float, Field(gt=0)]
@@ -102,119 +103,135 @@ def train(settings: TrainDP, folder: RunFolder, saved: dict[str, Any] | None) ->
     started = time.monotonic()
     images = load_images(settings.data, settings.data_root, settings.download)
     folder.make()
-    count = len(images.train_x)
-
-    if settings.seed is not None:
-        torch.manual_seed(settings.seed)
-    model = small_cnn(*images.shape, images.classes)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-
-    # One sample is all the variants of one image: they are clipped together.
-    clip = clip_per_sample(model, settings.max_grad_norm, "sum", rows_per_sample=settings.augmentations)
-    sigma = noise_multiplier_for(
-        settings.epsilon, settings.delta, sample_rate=settings.sample_rate, steps=settings.steps
-    )
-    accountant = PRVAccountant()
-    optimizer = PrivateOptimizer(
-        torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum),
-        clip,
-        noise_multiplier=sigma,
-        expected_batch_size=settings.sample_rate * count,
-        accountant=accountant,
-        sample_rate=settings.sample_rate,
-    )
-    choices = noise_generator(seed=settings.seed)  # of batches and variants
-    step, seconds = 0, 0.0
+    run = Training(settings, images, started)
     if saved is not None:
-        step, seconds = saved["step"], saved["seconds"]
-        model.load_state_dict(saved["model"])
-        averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
-        choices.set_state(saved["choices"])
-    history = folder.history(step)
-    batches = UniformWithReplacementSampler(
-        num_samples=count, sample_rate=settings.sample_rate, generator=choices, steps=settings.steps - step
+        run.load_state_dict(saved)
+    history = folder.history(run.step)
+
+    sigma = run.optimizer.noise_multiplier
+    print(
+        f"{len(images.train_x)} images, noise multiplier {sigma:.3f}, {settings.steps} steps; "
+        f"run folder {folder.path}"
     )
-
-    def save() -> None:
-        folder.save(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "step": step,
-                "seconds": seconds + time.monotonic() - started,
-                "model": model.state_dict(),
-                "averaged": averaged.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "choices": choices.get_state(),
-            }
-        )
-
-    print(f"{count} images, noise multiplier {sigma:.3f}, {settings.steps} steps; run folder {folder.path}")
-    bar = tqdm(total=settings.steps, initial=step, desc="train", unit="step")
+    bar = tqdm(total=settings.steps, initial=run.step, desc="train", unit="step")
     with bar, Interruptible() as interrupt:
-        for batch in batches:
+        for batch in run.batches():
             if interrupt.asked:
                 break
-            loss, clipped = backward(
-                settings, images, torch.tensor(batch, dtype=torch.long), clip, model, choices
-            )
-            optimizer.step()
-            averaged.update_parameters(model)
-            step += 1
+            loss, clipped = run.take_step(batch)
             bar.update()
-            if step % settings.evaluate_every == 0 or step == settings.steps:
-                line = {
-                    "step": step,
-                    "loss": loss,
-                    "clipped": clipped,
-                    "epsilon": epsilon_spent(accountant, settings.delta),
-                    "accuracy": accuracy(averaged, images),
-                    "accuracy_raw": accuracy(model, images),
-                    "seconds": seconds + time.monotonic() - started,
-                }
+            if run.step % settings.evaluate_every == 0 or run.step == settings.steps:
+                line = {"step": run.step, "loss": loss, "clipped": clipped, **run.evaluate()}
                 history.append(line)
                 folder.log(**line)
-                save()
+                folder.save(run.state_dict())
                 bar.set_postfix(
                     loss=f"{loss:.3f}",
                     epsilon=f"{line['epsilon']:.2f}",
                     clipped=f"{clipped:.0%}",
                     refresh=False,
                 )
-    clip.remove()
-    save()
+    run.clip.remove()
+    folder.save(run.state_dict())
     if history:
         plot_privacy(history, folder.path / "privacy.png", f"{settings.data}, delta = {settings.delta:g}")
-    if step < settings.steps:
-        print(f"interrupted after step {step}; go on with --resume {folder.path}")
+    if run.step < settings.steps:
+        print(f"interrupted after step {run.step}; go on with --resume {folder.path}")
+    found = run.evaluate()
     print(
-        f"epsilon {epsilon_spent(accountant, settings.delta):.2f}, delta {settings.delta:g}, "
-        f"test accuracy {accuracy(averaged, images):.2%}, {seconds + time.monotonic() - started:.0f} seconds"
+        f"epsilon {found['epsilon']:.2f}, delta {settings.delta:g}, "
+        f"test accuracy {found['accuracy']:.2%}, {found['seconds']:.0f} seconds"
     )
 
 
-def backward(
-    settings: TrainDP, images: Images, batch: Tensor, clip: Any, model: nn.Module, choices: torch.Generator
-) -> tuple[float, float]:
-    """Add a batch's clipped gradients to `.grad`; return its mean loss and clipped fraction, not private."""
-    variants = settings.augmentations
-    loss_sum, clipped = 0.0, 0
-    for part in batch.split(max(1, settings.rows_at_once // variants)):
-        x = images.train_x[part].repeat_interleave(variants, 0)
-        x = random_affine(x, choices, degrees=settings.rotate, shift=settings.shift, stretch=settings.stretch)
-        y = images.train_y[part].repeat_interleave(variants)
-        loss = F.cross_entropy(model(x), y, reduction="sum") / variants
-        loss.backward()
-        loss_sum += loss.item()
-        clipped += int(clip.result.clipped.sum())
-    return loss_sum / max(1, len(batch)), clipped / max(1, len(batch))
+class Training:
+    """Model, averaged weights, private optimizer, choice of batches and variants: what a checkpoint has."""
 
+    def __init__(self, settings: TrainDP, images: Images, started: float) -> None:
+        self.settings, self.images, self.started = settings, images, started
+        self.step = 0
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        self.model = small_cnn(*images.shape, images.classes)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Fraction of the test images that are classified right."""
-    parts = zip(images.test_x.split(2000), images.test_y.split(2000), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in parts) / len(images.test_y)
+        # One sample is all the variants of one image: they are clipped together.
+        self.clip = clip_per_sample(
+            self.model, settings.max_grad_norm, "sum", rows_per_sample=settings.augmentations
+        )
+        self.accountant = PRVAccountant()
+        self.optimizer = PrivateOptimizer(
+            torch.optim.SGD(self.model.parameters(), lr=settings.learning_rate, momentum=settings.momentum),
+            self.clip,
+            noise_multiplier=noise_multiplier_for(
+                settings.epsilon, settings.delta, sample_rate=settings.sample_rate, steps=settings.steps
+            ),
+            expected_batch_size=settings.sample_rate * len(images.train_x),
+            accountant=self.accountant,
+            sample_rate=settings.sample_rate,
+        )
+        self.choices = noise_generator(seed=settings.seed)  # of batches and variants
+
+    def batches(self) -> UniformWithReplacementSampler:
+        """Return the Poisson-sampled batches of the steps that are left, as indices."""
+        return UniformWithReplacementSampler(
+            num_samples=len(self.images.train_x),
+            sample_rate=self.settings.sample_rate,
+            generator=self.choices,
+            steps=self.settings.steps - self.step,
+        )
+
+    def take_step(self, batch: list[int]) -> tuple[float, float]:
+        """Take a private step; return the batch's mean loss and clipped fraction, which are not private."""
+        variants = self.settings.augmentations
+        loss_sum, clipped = 0.0, 0
+        indices = torch.tensor(batch, dtype=torch.long)
+        for part in indices.split(max(1, self.settings.rows_at_once // variants)):
+            y = self.images.train_y[part].repeat_interleave(variants)
+            loss = F.cross_entropy(self.model(self.variants_of(part)), y, reduction="sum") / variants
+            loss.backward()
+            loss_sum += loss.item()
+            clipped += int(self.clip.result.clipped.sum())
+        self.optimizer.step()
+        self.averaged.update_parameters(self.model)
+        self.step += 1
+        return loss_sum / max(1, len(batch)), clipped / max(1, len(batch))
+
+    def variants_of(self, indices: Tensor) -> Tensor:
+        """Return random variants of images, those of one image in consecutive rows."""
+        x = self.images.train_x[indices].repeat_interleave(self.settings.augmentations, 0)
+        s = self.settings
+        return random_affine(x, self.choices, degrees=s.rotate, shift=s.shift, stretch=s.stretch)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return epsilon and the seconds so far, and the test accuracy of averaged and of last weights."""
+        return {
+            "epsilon": epsilon_spent(self.accountant, self.settings.delta),
+            "accuracy": accuracy(self.averaged, self.images),
+            "accuracy_raw": accuracy(self.model, self.images),
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run goes on from, its settings included."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "step": self.step,
+            "seconds": time.monotonic() - self.started,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "choices": self.choices.get_state(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.step = saved["step"]
+        self.started -= saved["seconds"]
+        self.model.load_state_dict(saved["model"])
+        self.averaged.load_state_dict(saved["averaged"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.choices.set_state(saved["choices"])
 
 
 if __name__ == "__main__":

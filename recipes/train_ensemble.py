@@ -90,79 +90,95 @@ def train(settings: TrainEnsemble, folder: RunFolder, saved: dict[str, Any] | No
         If there are learning rates and not one a member.
 
     """
-    members, rates = settings.members, settings.learning_rates
-    if rates and len(rates) != members:
-        raise ConfigError(f"learning_rates: {len(rates)} for {members} members; one a member is needed")
+    rates = settings.learning_rates
+    if rates and len(rates) != settings.members:
+        raise ConfigError(
+            f"learning_rates: {len(rates)} for {settings.members} members; one a member is needed"
+        )
     images = load_images(settings.data, settings.data_root, settings.download)
     folder.make()
-    seeds = range(settings.seed, settings.seed + members)
-
-    ens = Ensemble.from_factory(lambda: small_cnn(*images.shape, images.classes), seeds)
-    optimizer = SGD(
-        ens.parameters(),
-        lr=rates or settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    loader = MemberLoader(
-        TensorDataset(images.train_x, images.train_y),
-        settings.batch_size,
-        seeds,
-        bootstrap=settings.bootstrap,
-    )
-    steps = settings.epochs * len(loader)
-    schedule = CosineAnnealingLR(optimizer, steps)
-    epoch, seconds = 0, 0.0
+    run = Training(settings, images)
     if saved is not None:
-        epoch, seconds = saved["epoch"], saved["seconds"]
-        ens.load_state_dict(saved["ensemble"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        loader.load_state_dict(saved["loader"])
-    folder.history(epoch * len(loader))
+        run.load_state_dict(saved)
+    folder.history(run.steps_done)
 
-    def save() -> None:
-        folder.save(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "epoch": epoch,
-                "seconds": seconds,
-                "ensemble": ens.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "loader": loader.state_dict(),
-            }
-        )
-
-    print(f"{members} members, {len(images.train_x)} images, {steps} steps; run folder {folder.path}")
-    bar = tqdm(total=steps, initial=epoch * len(loader), desc="train", unit="step")
+    print(
+        f"{settings.members} members, {len(images.train_x)} images, {run.steps} steps; "
+        f"run folder {folder.path}"
+    )
+    bar = tqdm(total=run.steps, initial=run.steps_done, desc="train", unit="step")
     with bar, Interruptible() as interrupt:
         if saved is None:
-            save()  # what there is to go on with if the first epoch is interrupted
-        while epoch < settings.epochs and not interrupt.asked:
+            folder.save(run.state_dict())  # what there is to go on with if the first epoch is interrupted
+        while run.epoch < settings.epochs and not interrupt.asked:
             started = time.monotonic()
-            for x, y in loader:
-                losses = step(ens, optimizer, x, y)
-                schedule.step()
+            for x, y in run.loader:
+                losses = step(run.ens, run.optimizer, x, y)
+                run.schedule.step()
                 bar.update()
                 if interrupt.asked:
                     break
             else:
-                epoch += 1
-                seconds += time.monotonic() - started
-                found = evaluate(ens, images)
-                line = {"step": epoch * len(loader), "epoch": epoch, "loss": float(losses.mean()), **found}
-                folder.log(**line, seconds=seconds)
-                save()
+                run.epoch += 1
+                run.seconds += time.monotonic() - started
+                found, each = evaluate(probabilities(run.ens, images), images)
+                line = {"step": run.steps_done, "epoch": run.epoch, "loss": float(losses.mean()), **found}
+                folder.log(**line, accuracy_members=float(each.mean()), seconds=run.seconds)
+                folder.save(run.state_dict())
                 bar.set_postfix(
                     loss=f"{line['loss']:.3f}",
                     mean=f"{found['accuracy']:.1%}",
-                    members=f"{found['accuracy_members']:.1%}",
+                    members=f"{each.mean():.1%}",
                 )
-    if epoch < settings.epochs:
-        print(f"interrupted; epoch {epoch} is saved, go on with --resume {folder.path}")
-        return
-    report(settings, folder, ens, loader, images, seconds, steps)
+    if run.epoch < settings.epochs:
+        print(f"interrupted; epoch {run.epoch} is saved, go on with --resume {folder.path}")
+    else:
+        report(run, folder)
+
+
+class Training:
+    """Ensemble, optimizer, schedule and loader: what a checkpoint has, at the end of an epoch."""
+
+    def __init__(self, settings: TrainEnsemble, images: Images) -> None:
+        self.settings, self.images = settings, images
+        self.epoch, self.seconds = 0, 0.0
+        seeds = range(settings.seed, settings.seed + settings.members)
+        self.ens = Ensemble.from_factory(lambda: small_cnn(*images.shape, images.classes), seeds)
+        self.optimizer = SGD(
+            self.ens.parameters(),
+            lr=settings.learning_rates or settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        data = TensorDataset(images.train_x, images.train_y)
+        self.loader = MemberLoader(data, settings.batch_size, seeds, bootstrap=settings.bootstrap)
+        self.steps = settings.epochs * len(self.loader)
+        self.schedule = CosineAnnealingLR(self.optimizer, self.steps)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of whole epochs."""
+        return self.epoch * len(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run goes on from, its settings included."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "ensemble": self.ens.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.epoch, self.seconds = saved["epoch"], saved["seconds"]
+        self.ens.load_state_dict(saved["ensemble"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.loader.load_state_dict(saved["loader"])
 
 
 def step(ens: Ensemble, optimizer: SGD, x: Tensor, y: Tensor) -> Tensor:
@@ -174,31 +190,22 @@ def step(ens: Ensemble, optimizer: SGD, x: Tensor, y: Tensor) -> Tensor:
     return losses.detach()
 
 
-def evaluate(ens: Ensemble, images: Images) -> dict[str, float]:
-    """Return what the mean prediction is worth on the test images, and the members' mean accuracy."""
-    members = probabilities(ens, images)
-    each = (members.argmax(2) == images.test_y).float().mean(1)
-    return {**scores(members.mean(0), images.test_y), "accuracy_members": float(each.mean())}
-
-
 def probabilities(ens: Ensemble, images: Images) -> Tensor:
     """`[K, N, classes]` of the test images."""
     return torch.cat([ens.predict(x).members for x in images.test_x.split(500)], 1)
 
 
-def report(
-    settings: TrainEnsemble,
-    folder: RunFolder,
-    ens: Ensemble,
-    loader: MemberLoader,
-    images: Images,
-    seconds: float,
-    steps: int,
-) -> None:
-    """Print what came of it, and draw the reliability diagram."""
-    members = probabilities(ens, images)
+def evaluate(members: Tensor, images: Images) -> tuple[dict[str, float], Tensor]:
+    """Return what the mean of `[K, N, classes]` is worth on the test images; each member's accuracy `[K]`."""
     each = (members.argmax(2) == images.test_y).float().mean(1)
-    found = scores(members.mean(0), images.test_y)
+    return scores(members.mean(0), images.test_y), each
+
+
+def report(run: Training, folder: RunFolder) -> None:
+    """Print what came of it, and draw the reliability diagram."""
+    settings, images = run.settings, run.images
+    members = probabilities(run.ens, images)
+    found, each = evaluate(members, images)
     plot_reliability(members, images.test_y, folder.path / "reliability.png", settings.data)
     if settings.learning_rates:
         for rate, accuracy in zip(settings.learning_rates, each.tolist(), strict=True):
@@ -208,7 +215,7 @@ def report(
     low, high = float(each.min()), float(each.max())
     print(f"test accuracy of the mean {found['accuracy']:.2%}, of the members {low:.2%} to {high:.2%}")
     print(f"NLL {found['nll']:.4f}, ECE {found['ece']:.4f}, Brier {found['brier']:.4f}")
-    loop = loop_seconds(settings, ens, loader) * steps
+    seconds, loop = run.seconds, loop_seconds(settings, run.ens, run.loader) * run.steps
     print(f"{seconds:.0f} seconds; one member after the other: about {loop:.0f} ({loop / seconds:.2f}x)")
 
 
