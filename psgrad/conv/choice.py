@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psgrad.conv.budget import check_budget, sample_bytes
 from psgrad.conv.geometry import ConvGeometry
-from psgrad.conv.live import LiveKernel, live_kernel, worth_cropping
+from psgrad.conv.live import live_for
 from psgrad.conv.measured import measure
 from psgrad.conv.planner import Plan, choose
 from psgrad.conv.problem import WeightGradProblem, problem_of
@@ -68,7 +68,7 @@ def plan(
         return plan_sum(problem, memory_budget)
     if memory_budget is not None:
         return plan_within(memory_budget, strategy, problem, verb)
-    live = _live(problem, verb)
+    live = live_for(problem, verb)
     return PLANNED[strategy](problem if live is None else live.problem, verb)
 
 
@@ -98,7 +98,7 @@ def plan_within(memory_budget: int, strategy: str, problem: WeightGradProblem, v
     check_budget(memory_budget)
     if strategy == "measure":
         raise ConfigError('strategy="measure" times whole batches, over any memory_budget: use "auto"')
-    live = _live(problem, verb)
+    live = live_for(problem, verb)
     inner = problem if live is None else live.problem
     found = choose(inner, verb)
     if strategy != "auto":
@@ -135,11 +135,6 @@ def plan_within(memory_budget: int, strategy: str, problem: WeightGradProblem, v
         memory_budget=memory_budget,
         at_once=min(problem.samples, memory_budget // every[chosen]),
     )
-
-
-def _live(problem: WeightGradProblem, verb: Verb) -> LiveKernel | None:
-    """Norms need no zeros put back."""
-    return live_kernel(problem) if verb == "sq_norms" else worth_cropping(problem, problem.samples)
 
 
 def check_strategy(name: str) -> None:

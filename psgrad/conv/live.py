@@ -16,7 +16,7 @@ from torch import Tensor
 from psgrad.conv.geometry import ConvGeometry, meets_padding_alone
 from psgrad.conv.problem import WeightGradProblem
 
-__all__ = ["LiveKernel", "live_kernel", "worth_cropping"]
+__all__ = ["LiveKernel", "live_for", "live_kernel", "worth_cropping"]
 
 FLOPS_PER_BYTE = 12
 """Of a matrix product, in the time in which memory moves a byte."""
@@ -98,6 +98,11 @@ def worth_cropping(problem: WeightGradProblem, results: int) -> LiveKernel | Non
         return live
     moved = results * (problem.gradient_bytes + 2 * live.problem.gradient_bytes)
     return live if problem.flops - live.problem.flops > FLOPS_PER_BYTE * moved else None
+
+
+def live_for(problem: WeightGradProblem, verb: str) -> LiveKernel | None:
+    """Return how a verb crops the kernel, or None if it does not: norms need no zeros put back."""
+    return live_kernel(problem) if verb == "sq_norms" else worth_cropping(problem, problem.samples)
 
 
 def _flat(pairs: list[tuple[int, int]]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ normalised here, at the door, so that a strategy knows plain convolutions only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 
@@ -105,6 +105,16 @@ class WeightGradProblem(HashedOnce):
     def gradient_bytes(self) -> int:
         """Bytes of one sample's weight gradient."""
         return self.weight_numel * self.dtype.itemsize
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of one sample's rows of x and grad."""
+        channels = self.in_per_group * prod(self.input_size) + self.out_per_group * self.positions
+        return self.rows_per_sample * self.groups * channels * self.dtype.itemsize
+
+    def with_samples(self, samples: int) -> WeightGradProblem:
+        """Return the same problem for another number of samples."""
+        return replace(self, samples=samples)
 
 
 def normalise(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+from psgrad.conv.backend import ordinary_slowdown
 from psgrad.conv.budget import check_budget, sum_bytes
 from psgrad.conv.live import LiveKernel, live_kernel, worth_cropping
 from psgrad.conv.ordinary import as_product, in_pieces
@@ -12,7 +13,6 @@ from psgrad.conv.planner import ClippingChoice, Plan, choose, rates_of, seconds_
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.products import mkl_slowdown
 from psgrad.conv.strategies import STRATEGIES, Cost
-from psgrad.conv.strategies.base import operand_bytes, ordinary_slowdown, with_samples
 from psgrad.errors import ConfigError
 
 __all__ = ["ONCE", "clipping_choice", "live_in_sum", "plan_sum", "ways_of_sum"]
@@ -116,7 +116,7 @@ def ways_of_sum(problem: WeightGradProblem) -> tuple[dict[str, Cost], dict[str, 
     """Return what each way of making the sum would cost, and why the others are none."""
     costs, refusals = {}, {}
     once, other = ("product", "backend") if _is_product(problem) else ("backend", "product")
-    operands = problem.samples * operand_bytes(problem)
+    operands = problem.samples * problem.operand_bytes
     # one operand is weighed first, and both are read
     costs[once] = Cost(
         problem.flops, 2.0 * operands, 6, operands, 1.0 if once == "product" else ordinary_slowdown(problem)
@@ -141,11 +141,11 @@ def ways_of_sum(problem: WeightGradProblem) -> tuple[dict[str, Cost], dict[str, 
 
 
 def _is_product(problem: WeightGradProblem) -> bool:
-    return as_product(with_samples(problem, _fast_pieces(problem))) is not None
+    return as_product(problem.with_samples(_fast_pieces(problem))) is not None
 
 
 def _fast_pieces(problem: WeightGradProblem) -> int:
-    samples, one = problem.samples, operand_bytes(problem)
+    samples, one = problem.samples, problem.operand_bytes
     if as_product(problem) is in_pieces:  # which copies no more than a piece
         return samples
     if problem.device.type == "cpu" and samples * one > WHOLE_BYTES:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from psgrad.conv.at_once import sq_norms_and_sum
 from psgrad.conv.choice import plan_within, resolve
+from psgrad.conv.chunking import chunks
 from psgrad.conv.factors import forget
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.live import live_kernel, worth_cropping
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.problem import normalise, problem_of
 from psgrad.conv.strategies import Verb
-from psgrad.conv.strategies.base import chunks
 from psgrad.conv.sum_planner import clipping_choice
 from psgrad.conv.weighted import weighted_sum
 from psgrad.errors import ShapeError

@@ -11,7 +11,6 @@ from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.scratch import scratch_like
 from psgrad.conv.strategies import STRATEGIES
-from psgrad.conv.strategies.base import with_samples
 from psgrad.conv.sum_planner import ONCE, live_in_sum, plan_sum
 
 __all__ = ["weighted_sum"]
@@ -29,7 +28,7 @@ def weighted_sum(
     for start in range(0, problem.samples, step):
         rows = slice(start * k, (start + step) * k)
         here = factors[start : start + step]
-        part = _piece(x[rows], grad[rows], with_samples(problem, len(here)), here, found.chosen)
+        part = _piece(x[rows], grad[rows], problem.with_samples(len(here)), here, found.chosen)
         total = part.to(accumulation_dtype(part.dtype)) if total is None else total.add_(part)
     assert total is not None
     return total.to(x.dtype)

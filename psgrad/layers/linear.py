@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psgrad.conv.chunking import evenly
 from psgrad.conv.numerics import RunningSum
 from psgrad.conv.products import batched, product
 from psgrad.conv.scratch import scratch
-from psgrad.conv.strategies.base import evenly
 from psgrad.conv.strategies.gram import eaten, norms_of_grams
 from psgrad.layers.base import (
     LayerCall,

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psgrad.conv import ConvGeometry, kept_weight_grads, scratch, weight_grad_sq_norms, weight_grads
+from psgrad.conv import ConvGeometry, chunking, kept_weight_grads, scratch, weight_grad_sq_norms, weight_grads
 from psgrad.conv import problem as problem_module
 from psgrad.conv.numerics import squared_norms, weighted
 from psgrad.conv.problem import normalise
-from psgrad.conv.strategies import STRATEGIES, base, unfold
+from psgrad.conv.strategies import STRATEGIES, unfold
 from psgrad.errors import StrategyError
 from tests import oracle
 from tests.machines import AMD, AMD_HALVES, INTEL, on
@@ -34,7 +34,7 @@ def served(name: str, verb: str, problem: ConvProblem) -> bool:
 
 def set_budget(patch: pytest.MonkeyPatch, budget: int) -> None:
     """Give every strategy this many bytes for the temporaries of a chunk of samples."""
-    patch.setitem(base.CHUNK_BYTES, "cpu", budget)
+    patch.setitem(chunking.CHUNK_BYTES, "cpu", budget)
     patch.setattr(scratch, "LARGEST", 0)  # what earlier problems left would be seen as larger
 
 
@@ -109,7 +109,7 @@ def test_rows_are_unfolded_apart_where_that_is_faster() -> None:
     assert unfold.order_for(problem, "grads") == "position"
     kept = STRATEGIES["unfold"].kept(x, grad, problem)
     assert kept.stride(3) > kept.stride(0)  # the kernel's rows lie outside of the samples
-    few = base.with_samples(problem, 1)
+    few = problem.with_samples(1)
     assert unfold.order_for(few, "kept") == "window"
 
 
@@ -249,7 +249,7 @@ def test_a_chunk_keeps_all_threads_busy(
     set_budget(monkeypatch, 100 * samples_in_budget)
     problem = normalise(*large_problem())[2]
     assert problem.samples == 12
-    assert base.samples_per_chunk(problem, 100) == expected
+    assert chunking.samples_per_chunk(problem, 100) == expected
 
 
 @pytest.mark.parametrize("name", ["loop", "grouped", "unfold"])

@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psgrad.conv.chunking import chunks, samples_per_chunk
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.processor import short_vectors
 from psgrad.conv.products import mkl_slowdown
-from psgrad.conv.strategies.base import (
-    Cost,
-    Strategy,
-    Verb,
-    chunks,
-    operand_bytes,
-    samples_per_chunk,
-)
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
 __all__ = ["Correlate"]
 
@@ -42,12 +36,12 @@ class Correlate(Strategy):
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs in a call a chunk; of dense layers with several channels a sample."""
         chunk = self._chunk(problem)
-        operands = operand_bytes(problem) * (1.0 if problem.groups > 1 or problem.in_per_group > 1 else 0.5)
+        operands = problem.operand_bytes * (1.0 if problem.groups > 1 or problem.in_per_group > 1 else 0.5)
         return Cost(
             flops=problem.flops,
             bytes=problem.samples * (operands + 2 * problem.gradient_bytes),
             calls=(5 if _is_depthwise(problem) else 3) * -(-problem.samples // chunk),
-            peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
+            peak_bytes=min(chunk, problem.samples) * (problem.operand_bytes + problem.gradient_bytes),
             slowdown=_slowdown(problem),
             fast_in_half=True,
         )
@@ -66,7 +60,7 @@ class Correlate(Strategy):
     def _chunk(problem: WeightGradProblem) -> int:
         if problem.in_per_group > 1:
             return 1
-        return samples_per_chunk(problem, operand_bytes(problem) // 2 + problem.gradient_bytes)
+        return samples_per_chunk(problem, problem.operand_bytes // 2 + problem.gradient_bytes)
 
 
 def _is_depthwise(problem: WeightGradProblem) -> bool:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from psgrad.conv.backend import backend_slowdown
+from psgrad.conv.chunking import chunks, samples_per_chunk
 from psgrad.conv.ordinary import ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.reused import borrowed
-from psgrad.conv.strategies.base import (
-    Cost,
-    Strategy,
-    Verb,
-    backend_slowdown,
-    chunks,
-    operand_bytes,
-    samples_per_chunk,
-)
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
 __all__ = ["Grouped"]
 
@@ -40,9 +34,9 @@ class Grouped(Strategy):
         one_element = problem.geometry.kernel_positions == 1
         return Cost(
             flops=problem.flops,
-            bytes=problem.samples * (operand_bytes(problem) / 4 + written),
+            bytes=problem.samples * (problem.operand_bytes / 4 + written),
             calls=3 * -(-problem.samples // chunk),
-            peak_bytes=min(chunk, problem.samples) * (operand_bytes(problem) + problem.gradient_bytes),
+            peak_bytes=min(chunk, problem.samples) * (problem.operand_bytes + problem.gradient_bytes),
             slowdown=backend_slowdown(problem) * (ONE_ELEMENT if one_element else 1.0),
         )
 
@@ -63,7 +57,7 @@ class Grouped(Strategy):
         Twice what others have: of layers whose results are large, few groups a call are slow (0.78 to 0.97 of
         the time on nine of twelve layers, 1.13 on one, with 8 MiB in place of 4; 16 MiB vary more).
         """
-        return samples_per_chunk(problem, (operand_bytes(problem) // 2 + problem.gradient_bytes) // 2)
+        return samples_per_chunk(problem, (problem.operand_bytes // 2 + problem.gradient_bytes) // 2)
 
 
 WRITTEN: dict[Verb, float] = {"grads": 2.0, "kept": 2.6, "sq_norms": 2.7}

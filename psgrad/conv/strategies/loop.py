@@ -6,17 +6,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from psgrad.conv.backend import backend_slowdown
 from psgrad.conv.ordinary import as_product, ordinary_weight_grad
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.products import slowdown_of_products
-from psgrad.conv.strategies.base import (
-    Cost,
-    Strategy,
-    Verb,
-    backend_slowdown,
-    operand_bytes,
-    with_samples,
-)
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
 __all__ = ["Loop"]
 
@@ -37,7 +31,7 @@ class Loop(Strategy):
 
     def cost(self, problem: WeightGradProblem, verb: Verb) -> Cost:
         """F FLOPs in N calls at a backend's rate; of several samples every gradient is copied or squared."""
-        p, one = problem, with_samples(problem, 1)
+        p, one = problem, problem.with_samples(1)
         slowdown = backend_slowdown(one)
         if as_product(one) is not None:
             inner = p.rows_per_sample * p.positions
@@ -47,7 +41,7 @@ class Loop(Strategy):
         written = 1 if p.samples == 1 else 3
         return Cost(
             flops=p.flops,
-            bytes=p.samples * (operand_bytes(p) / 4 + written * p.gradient_bytes),
+            bytes=p.samples * (p.operand_bytes / 4 + written * p.gradient_bytes),
             calls=p.samples,
             peak_bytes=p.gradient_bytes,
             slowdown=slowdown,

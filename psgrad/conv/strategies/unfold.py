@@ -11,14 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from psgrad.conv.chunking import chunks, samples_per_chunk
 from psgrad.conv.half import is_emulated
+from psgrad.conv.library_bytes import numel_of_operands
+from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.patches import patches, patches_by_row, patches_by_window, rows_of_phases
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.processor import halves_long_vectors
 from psgrad.conv.products import batched, by_onednn, mkl_slowdown, slowdown_of_products
 from psgrad.conv.reused import borrowed
 from psgrad.conv.scratch import scratch
-from psgrad.conv.strategies.base import Cost, Strategy, Verb, chunks, samples_per_chunk
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
 __all__ = ["Unfold"]
 
@@ -67,6 +70,13 @@ class Unfold(Strategy):
             peak_bytes=min(self._chunk(problem, verb), p.samples) * temporary,
             fast_in_half=True,
         )
+
+    def bytes_of_one(self, one: WeightGradProblem, verb: Verb) -> int:
+        """See `Strategy.bytes_of_one`."""
+        copies = 2 if one.dtype.itemsize >= 4 else 3
+        numbers = 2 * numel_of_operands(one, 1) + 3 * one.weight_numel
+        made = copies * _unfolded_bytes(one, "position") + accumulation_dtype(one.dtype).itemsize * numbers
+        return self.cost(one, verb).peak_bytes + made
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""

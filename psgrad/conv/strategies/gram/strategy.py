@@ -21,19 +21,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from psgrad.conv.chunking import chunk_bytes, chunks, samples_per_chunk
+from psgrad.conv.library_bytes import numel_of_operands
 from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.patches import patches
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.products import mkl_slowdown
-from psgrad.conv.strategies.base import (
-    Cost,
-    Strategy,
-    Verb,
-    chunk_bytes,
-    chunks,
-    samples_per_chunk,
-    with_samples,
-)
+from psgrad.conv.strategies.base import Cost, Strategy, Verb
 from psgrad.conv.strategies.gram.cancellation import eaten, norms_of_grams
 from psgrad.conv.strategies.gram.mapped import few_positions, map_cost, mapped
 from psgrad.conv.strategies.gram.positions import positions_gram
@@ -81,6 +75,11 @@ class Gram(Strategy):
             fast_in_half=True,
         )
 
+    def bytes_of_one(self, one: WeightGradProblem, verb: Verb) -> int:
+        """See `Strategy.bytes_of_one`; a gradient is made only where a norm is computed again."""
+        numbers = numel_of_operands(one, 1) + one.weight_numel
+        return 2 * (self.cost(one, verb).peak_bytes + accumulation_dtype(one.dtype).itemsize * numbers)
+
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """Never called: `refusal` says so."""
         raise NotImplementedError("gram refuses grads")
@@ -99,7 +98,7 @@ class Gram(Strategy):
                 norms[here], left[here] = _norms(x[rows].to(dtype), grad[rows].to(dtype), part)
         for n in eaten(left):
             rows = slice(n * problem.rows_per_sample, (n + 1) * problem.rows_per_sample)
-            norms[n] = Loop().sq_norms(x[rows], grad[rows], with_samples(problem, 1))[0]
+            norms[n] = Loop().sq_norms(x[rows], grad[rows], problem.with_samples(1))[0]
         return norms
 
     @staticmethod

@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from psgrad.conv.library_bytes import numel_of_operands
+from psgrad.conv.numerics import accumulation_dtype
 from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.strategies.base import Cost, Strategy, Verb
 
@@ -49,6 +51,10 @@ class Triton(Strategy):
             peak_bytes=0,
             slowdown=2.0 if p.device.type == "cuda" else 1e6,  # the interpreter is for tests
         )
+
+    def bytes_of_one(self, one: WeightGradProblem, verb: Verb) -> int:
+        """See `Strategy.bytes_of_one`."""
+        return accumulation_dtype(one.dtype).itemsize * (numel_of_operands(one, 1) + 2 * one.weight_numel)
 
     def grads(self, x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
         """See `Strategy.grads`."""
