@@ -32,6 +32,7 @@ from psgrad.bench.cases import ConvCase
 from psgrad.bench.rates import device_rates
 from psgrad.bench.rules import LEAST_SPEED, RULE_CASES, measure_rule_case, slower_than_asked
 from psgrad.bench.sweep import Cell, DType, Result, Setting, measure, remeasure
+from psgrad.bench.tf32 import tf32
 from psgrad.conv.planner import DeviceRates
 from psgrad.conv.processor import Processor, processor
 from recipes.config import Settings, from_command_line
@@ -245,12 +246,8 @@ def measure_again(cells: list[Cell], end: float, device: str, interrupt: Interru
 
 def rates_in(dtype: DType, device: str) -> DeviceRates:
     """Rates of the device in a dtype."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
+    with tf32(dtype == "tf32"):
         return device_rates(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psgrad.bench.ensemble_fits import Fit, Make, loop, ours, stock_vmap
 from psgrad.bench.ensemble_models import MODELS, built
-from psgrad.bench.gate import Verdict
+from psgrad.bench.gate import Verdict, raised
 from psgrad.bench.process_memory import peak_of_steps
 from psgrad.bench.timing import Measurement, interleave, on_cpu, on_cuda
 from psgrad.bench.two_processes import PROCESSES, shares, two_processes
@@ -278,7 +278,7 @@ def _verdict(maker: Make, cell: Cell, x: Tensor, y: Tensor, truth: Fit, start: l
                 fit.step(doubled, y)
             errors = [_error(fit.parameters(k), truth.parameters(k), start[k]) for k in seeds]
     except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
-        return Verdict(float("nan"), f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}")
+        return raised(err)
     error = float(torch.tensor(errors).max())
     return Verdict(error, None if error <= TOLERANCE else f"wrong by {error:.1e}")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from math import exp, log
 from pathlib import Path
 
 from psgrad.bench.ensemble import LOOP, Cell, EnsembleResult
 from psgrad.bench.ensemble_models import MODELS
+from psgrad.bench.sweep import geometric_mean
 
 __all__ = ["acceptance", "draw", "write"]
 
@@ -65,7 +65,7 @@ def acceptance(results: Sequence[EnsembleResult]) -> list[str]:
     def mean(values: list[float]) -> str:
         if not values:
             return "not measured"
-        return f"{exp(sum(map(log, values)) / len(values)):.2f}x ({len(values)} cells)"
+        return f"{geometric_mean(values):.2f}x ({len(values)} cells)"
 
     least = min(own, key=lambda cell: own[cell], default=None)
     lines = [

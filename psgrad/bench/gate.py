@@ -14,7 +14,7 @@ from psgrad.bench.cases import ConvCase
 from psgrad.bench.memory import peak_bytes
 from psgrad.bench.peers import BenchVerb, Contender, factors
 
-__all__ = ["Expected", "Verdict", "check", "judge", "reference"]
+__all__ = ["Expected", "Verdict", "check", "judge", "raised", "reference"]
 
 CONVOLUTIONS: dict[tuple[int, bool], Any] = {
     (1, False): F.conv1d,
@@ -47,6 +47,12 @@ class Verdict:
     error: float
     reason: str | None
     peak_bytes: int | None = None
+
+
+def raised(error: Exception) -> Verdict:
+    """Return the verdict on a contender that raises: the type and the first line of the error."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return Verdict(float("nan"), f"{type(error).__name__}: {first}")
 
 
 class Expected:
@@ -109,7 +115,7 @@ def judge(
     try:
         result, peak = peak_bytes(lambda: contender(x, grad), x.device)
     except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
-        return Verdict(float("nan"), f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
+        return raised(err)
     if result.shape != expected.shape:
         return Verdict(float("nan"), f"shape {tuple(result.shape)} instead of {tuple(expected.shape)}")
     if verb == "weighted_sum":

@@ -1,4 +1,4 @@
-"""Peak memory of one call."""
+"""Peak memory of one call, in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_bytes", "resident"]
 
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -32,9 +32,9 @@ def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor,
         return result, torch.cuda.max_memory_allocated(device) - before
     if not _forget_the_peak():
         return run(), None
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     result = run()
-    return result, max(0, _resident("VmHWM") - before)
+    return result, max(0, resident("VmHWM") - before)
 
 
 def _forget_the_peak() -> bool:
@@ -47,6 +47,7 @@ def _forget_the_peak() -> bool:
     return True
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of resident memory of this process, on Linux: "VmRSS" now, "VmHWM" at most."""
     lines = STATUS.read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))

@@ -16,6 +16,7 @@ from torch.nn.utils._expanded_weights import conv_utils
 
 from psgrad.bench.cases import ConvCase
 from psgrad.conv import weight_grad_sq_norms, weight_grads, weighted_weight_grad
+from psgrad.conv.strategies import STRATEGIES
 
 __all__ = [
     "PEERS",
@@ -214,18 +215,16 @@ PEERS: dict[str, Maker] = {
     "ExpandedWeights": expanded_weights,
     "BackPACK": backpack_batch_grad,
 }
-"""Who is not psgrad: gradients."""
-
-GRADIENTS = ("loop", "grouped", "unfold", "correlate", "triton")
-"""psgrad's strategies that make gradients."""
+"""Who is not psgrad: gradients. A new one is a function and a line here, and in `temporary_bytes` what it
+holds beside its result, if that is much."""
 
 SUITES: dict[BenchVerb, dict[str, Maker]] = {
     "grads": {
-        **{name: partial(psgrad_strategy, name) for name in ("auto", *GRADIENTS)},
+        **{name: partial(psgrad_strategy, name) for name in ("auto", *STRATEGIES) if name != "gram"},
         **PEERS,
     },
     "sq_norms": {
-        **{name: partial(psgrad_norms, name) for name in ("auto", *GRADIENTS, "gram")},
+        **{name: partial(psgrad_norms, name) for name in ("auto", *STRATEGIES)},
         **{name: partial(norms_of, make) for name, make in PEERS.items()},
     },
     "weighted_sum": {
@@ -233,8 +232,8 @@ SUITES: dict[BenchVerb, dict[str, Maker]] = {
         **{name: partial(weighted_of, make) for name, make in PEERS.items()},
     },
 }
-"""Contenders by verb and name; the order is that of the tables. "auto" is psgrad as it is called; "triton"
-is left out without CUDA."""
+"""Contenders by verb and name; the order is that of the tables. "auto" is psgrad as it is called; then every
+strategy, but "gram" makes no gradients, and "triton" is left out without CUDA."""
 
 
 def temporary_bytes(name: str, case: ConvCase, batch_size: int, itemsize: int) -> int:

@@ -14,10 +14,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
+from psgrad.bench.memory import CLEAR, STATUS, resident
 from psgrad.bench.processes import fresh_processes
 
 __all__ = ["peak_of_steps"]
@@ -85,10 +85,9 @@ def _settle(device: str) -> int:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    status = Path("/proc/self/clear_refs")
-    if status.exists():
-        status.write_text("5")  # Linux: the highest point so far is forgotten
-        return _resident("VmRSS")
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # Linux: the highest point so far is forgotten
+        return resident("VmRSS")
     return _peak(device)
 
 
@@ -96,12 +95,7 @@ def _peak(device: str) -> int:
     if device != "cpu":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    if Path("/proc/self/status").exists():
-        return _resident("VmHWM")
+    if STATUS.exists():
+        return resident("VmHWM")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from psgrad.bench.sweep import Result, geometric_means
 from psgrad.errors import ConfigError
 
-__all__ = ["draw", "require_extra", "summary", "table", "write"]
+__all__ = ["draw", "record_of", "require_extra", "summary", "table", "write"]
 
 
 def require_extra() -> None:
@@ -122,7 +122,7 @@ def write(
     note = f"Time over the time of the {floor}, in the same round: median (quartiles). The least is bold."
     parts = [f"# {title}", facts, note, table(results), summary(results)]
     (folder / "bench.md").write_text("\n\n".join(parts) + "\n")
-    record = {"title": title, "about": dict(about), "results": [_record(result) for result in results]}
+    record = {"title": title, "about": dict(about), "results": [record_of(result) for result in results]}
     (folder / "bench.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if results:
         draw(results, folder / "bench.png", f"{title}\n{about.get('machine', '')}", floor)
@@ -151,7 +151,8 @@ def _cell(result: Result) -> str:
     return f"{result.measurement.ratio:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _record(result: Result) -> dict[str, object]:
+def record_of(result: Result) -> dict[str, object]:
+    """Return what the JSON holds of a result, with its median and quartiles; an error that is NaN is null."""
     record = asdict(result)
     record["error"] = result.error if np.isfinite(result.error) else None
     if result.measurement is not None:

@@ -162,8 +162,8 @@ def measure_rule_case(
 ) -> list[Result]:
     """Compare with PyTorch's own rules first, then time in turn; the floor is PyTorch's own.
 
-    "psgrad" is `use_rules()`; the per-sample path is timed by every strategy, too. Entering the context
-    is not timed. When `stop` says yes before a round was finished, nothing is returned.
+    "psgrad" is `use_rules()`; the per-sample path is timed by each strategy that never refuses it, too.
+    Entering the context is not timed. When `stop` says yes before a round was finished, nothing is returned.
     """
     function, operands = case.call()
     operands = tuple(t.to(device) for t in operands)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psgrad.bench.gate import Verdict
+from psgrad.bench.gate import Verdict, raised
 from psgrad.bench.step_models import StepModel
 from psgrad.bench.step_peers import NonPrivate, Stepper, StepperMaker, written_bytes
 from psgrad.bench.sweep import Result
+from psgrad.bench.tf32 import tf32
 from psgrad.bench.timing import interleave, on_cpu, on_cuda
 
 __all__ = ["Reference", "StepResult", "check", "measure_step", "reference"]
@@ -158,7 +157,7 @@ def measure_step(
     for contender, make in makers.items():
         if stop():
             return []
-        held = written_bytes(contender, net, batch_size)
+        held = written_bytes(make, net, batch_size)
         if 2 * held > memory_limit:
             reason = f"not run: {held / 2**30:.1f} GiB of per-sample gradients"
             verdicts[contender] = Verdict(float("nan"), reason)
@@ -201,27 +200,12 @@ def _gated(
     """Return a contender that is right, ready for its first step, or None; and the verdict."""
     try:
         stepper = make(net, truth.max_norm, len(x))
-        with _full_float32():
+        with tf32(False):  # whose rounding is as large as errors that are to be seen; timed steps may use it
             verdict = check(stepper, truth, x, y)
         if verdict.reason is None:
             stepper.update()
             return stepper, verdict
     except Exception as err:  # whatever a peer raises keeps it out of the table, not the others
-        first = str(err).strip().splitlines()[0] if str(err).strip() else ""
-        verdict = Verdict(float("nan"), f"{type(err).__name__}: {first}")
+        verdict = raised(err)
     gc.collect()
     return None, verdict
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Without TF32, whose rounding is as large as errors that the gate must see; timed steps may use it."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed

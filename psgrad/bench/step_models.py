@@ -174,4 +174,4 @@ MODELS: dict[str, StepModel] = {
     "vit-tiny": StepModel(vit_tiny),
     "tiny": StepModel(tiny, (1, 8, 8)),
 }
-"""By name. "tiny" is for trying the benchmark itself."""
+"""By name; a new one is a function and a line here. "tiny" is for trying the benchmark itself."""

@@ -35,10 +35,13 @@ class Stepper(ABC):
         With the parameters that are trained, in the order of the model it was made from.
     clips
         Whether `p.grad` is the mean of clipped gradients; if not it is the ordinary one.
+    holds_gradients
+        Whether all per-sample gradients of the model are in memory at once, which a limit then counts.
 
     """
 
     clips = True
+    holds_gradients = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -107,6 +110,8 @@ class PsgradNorms(NonPrivate):
 class OpacusMode(Stepper):
     """Opacus's wrapper and optimizer without noise, in one of its modes, by itself or with psgrad."""
 
+    holds_gradients = True
+
     def __init__(
         self, mode: str, with_psgrad: bool, model: nn.Module, max_norm: float, batch_size: int
     ) -> None:
@@ -140,8 +145,19 @@ class OpacusMode(Stepper):
         self.optimizer.zero_grad(set_to_none=True)
 
 
+class OpacusGhost(OpacusMode):
+    """The mode that writes no gradients."""
+
+    holds_gradients = False
+
+    def __init__(self, with_psgrad: bool, model: nn.Module, max_norm: float, batch_size: int) -> None:
+        super().__init__("ghost", with_psgrad, model, max_norm, batch_size)
+
+
 class Written(Stepper):
     """A way of getting every per-sample gradient written out; clipping is three lines of everyone's."""
+
+    holds_gradients = True
 
     def __init__(self, model: nn.Module, max_norm: float, batch_size: int) -> None:
         super().__init__(without_in_place(model))
@@ -220,26 +236,21 @@ STEPPERS: dict[str, StepperMaker] = {
     "psgrad clip, two passes": partial(PsgradClip, memory_budget=1),
     "psgrad norms": PsgradNorms,
     "opacus hooks + psgrad": partial(OpacusMode, "hooks", True),
-    "opacus ghost + psgrad": partial(OpacusMode, "ghost", True),
+    "opacus ghost + psgrad": partial(OpacusGhost, True),
     "opacus hooks": partial(OpacusMode, "hooks", False),
-    "opacus ghost": partial(OpacusMode, "ghost", False),
+    "opacus ghost": partial(OpacusGhost, False),
     "opacus functorch": partial(OpacusMode, "functorch", False),
     "opacus ew": partial(OpacusMode, "ew", False),
     "torch.func": TorchFunc,
     "backpack": BackPack,
 }
-"""Contenders by name, in the order of the tables. All clip but "psgrad norms", which only looks."""
-
-_HOLDS_ALL = frozenset(
-    name
-    for name in STEPPERS
-    if name in ("torch.func", "backpack") or ("opacus" in name and "ghost" not in name)
-)
-"""Those that hold all per-sample gradients of the model at once."""
+"""Contenders by name, in the order of the tables. All clip but "psgrad norms", which only looks. A new one is
+a `Stepper`, or a `Written` if it has per-sample gradients to show, and a line here."""
 
 
-def written_bytes(contender: str, model: nn.Module, batch_size: int) -> int:
+def written_bytes(make: StepperMaker, model: nn.Module, batch_size: int) -> int:
     """Bytes of the per-sample gradients that a contender holds at once; 0 if it never holds all."""
-    if contender not in _HOLDS_ALL:
+    kind = make.func if isinstance(make, partial) else make
+    if not getattr(kind, "holds_gradients", False):
         return 0
     return batch_size * sum(p.numel() * p.element_size() for p in model.parameters())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from math import exp, isfinite, log
 from pathlib import Path
 from textwrap import shorten
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from psgrad.bench.report import require_extra
+from psgrad.bench.report import record_of, require_extra
 from psgrad.bench.step import StepResult
+from psgrad.bench.sweep import geometric_mean
 
 __all__ = ["draw", "largest_table", "memory_table", "summary", "time_table", "write"]
 
@@ -117,7 +116,7 @@ def write(results: Sequence[StepResult], folder: Path, *, title: str, about: Map
     if any(r.largest_batch is not None for r in results):
         parts += [f"## Largest batch in {about['memory budget']}", largest_table(results)]
     (folder / "bench.md").write_text("\n\n".join(parts) + "\n")
-    record = {"title": title, "about": dict(about), "results": [_record(result) for result in results]}
+    record = {"title": title, "about": dict(about), "results": [record_of(result) for result in results]}
     (folder / "bench.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     draw(results, folder / "bench.png", f"{title}\n{about.get('machine', '')}")
 
@@ -131,7 +130,7 @@ def _memory(result: StepResult) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> str:
-    return f"{exp(sum(log(v) for v in values) / len(values)):.2f}x" if values else ""
+    return f"{geometric_mean(values):.2f}x" if values else ""
 
 
 def _table(
@@ -158,12 +157,3 @@ def _table(
         lines.append([case, *([batch_size] if with_size else []), *marked])
     headers = ["model", *(["N"] if with_size else []), *contenders]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def _record(result: StepResult) -> dict[str, object]:
-    record = asdict(result)
-    record["error"] = result.error if isfinite(result.error) else None
-    if result.measurement is not None:
-        record["ratio"] = result.measurement.ratio
-        record["quartiles"] = result.measurement.spread
-    return record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import exp, log
@@ -15,6 +14,7 @@ import torch
 from psgrad.bench.cases import ConvCase
 from psgrad.bench.gate import TOLERANCES, Expected, Verdict, judge
 from psgrad.bench.peers import PEERS, SUITES, BenchVerb, Maker, ordinary_gradient, temporary_bytes
+from psgrad.bench.tf32 import tf32
 from psgrad.bench.timing import Measurement, Run, interleave, on_cpu, on_cuda
 from psgrad.conv import plan
 
@@ -164,7 +164,7 @@ def measure(
     """
     case, n = setting.case, setting.batch_size
     x, grad = case.operands(n, dtype=DTYPES[setting.dtype], device=device)
-    with _arithmetic(setting.dtype):
+    with tf32(setting.dtype == "tf32"):
         expected = Expected(case, x, grad)
         tolerance = TF32_TOLERANCE if setting.dtype == "tf32" else TOLERANCES[x.dtype]
         for verb in verbs:
@@ -218,7 +218,7 @@ def remeasure(
         or name == cell.best_peer
     ]
     x, grad = case.operands(cell.setting.batch_size, dtype=DTYPES[cell.setting.dtype], device=device)
-    with _arithmetic(cell.setting.dtype):
+    with tf32(cell.setting.dtype == "tf32"):
         runs: dict[str, Run] = {name: partial(suites[cell.verb][name](case), x, grad) for name in names}
         timed = _time(
             case, x, grad, runs, seconds=seconds, rounds=rounds, least_rounds=7, settled=0.02, stop=stop
@@ -260,17 +260,6 @@ def _choices(case: ConvCase, x: torch.Tensor, grad: torch.Tensor, verb: BenchVer
         mode: plan(x, grad, case.weight_shape, case.geometry, verb, strategy=mode).chosen
         for mode in ("auto", "measure")
     }
-
-
-@contextmanager
-def _arithmetic(dtype: DType) -> Iterator[None]:
-    """Exact float32 on a GPU unless tf32 is asked for."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def geometric_mean(values: Iterable[float]) -> float:

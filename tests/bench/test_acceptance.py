@@ -12,9 +12,11 @@ from psgrad.bench import conv_report
 from psgrad.bench.acceptance import misses, verdict_lines
 from psgrad.bench.cases import ConvCase
 from psgrad.bench.gate import Verdict
+from psgrad.bench.peers import PEERS, SUITES
 from psgrad.bench.sweep import Cell, Setting
 from psgrad.bench.timing import Measurement
 from psgrad.conv.planner import DeviceRates
+from psgrad.conv.strategies import STRATEGIES
 
 SMALL = ConvCase("small", 8, 8, (4, 4), 3, padding=1)
 LARGE = ConvCase("large", 512, 512, (32, 32), 3, padding=1)
@@ -110,3 +112,8 @@ def test_a_hundred_layers_are_drawn(tmp_path: Path) -> None:
     many = [cell(replace(SMALL, name=f"layer {i}"), auto=1.0, loop=1.0 + i / 50) for i in range(101)]
     conv_report.draw(many, tmp_path / "many.png", "many")
     assert (tmp_path / "many.png").stat().st_size > 50_000
+
+
+def test_every_strategy_is_measured() -> None:
+    assert set(SUITES["sq_norms"]) == {"auto", *STRATEGIES, *PEERS}
+    assert set(SUITES["grads"]) == set(SUITES["sq_norms"]) - {"gram"}  # which makes no gradients

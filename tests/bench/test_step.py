@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from psgrad.bench.step import check, measure_step, reference
 from psgrad.bench.step_models import MODELS, without_in_place
-from psgrad.bench.step_peers import STEPPERS, NonPrivate, written_bytes
+from psgrad.bench.step_peers import STEPPERS, NonPrivate, Written, written_bytes
 from tests.model_oracle import grads_one_by_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:Extension saving to")
@@ -109,8 +109,12 @@ def test_wrong_norms_are_wrong():
 def test_who_would_write_too_much_is_not_run():
     net = TINY.seeded()
     size = 4 * 5 * sum(p.numel() for p in net.parameters())
-    assert written_bytes("opacus hooks", net, 5) == written_bytes("torch.func", net, 5) == size
-    assert written_bytes("psgrad clip", net, 5) == written_bytes("opacus ghost", net, 5) == 0
+    held = {name: written_bytes(make, net, 5) for name, make in STEPPERS.items()}
+    assert {name for name in held if held[name] == size} == {
+        *("opacus hooks", "opacus hooks + psgrad", "opacus functorch", "opacus ew", "torch.func", "backpack")
+    }
+    assert set(held.values()) == {0, size}
+    assert written_bytes(type("New", (Written,), {}), net, 5) == size
     makers = {name: STEPPERS[name] for name in ("torch.func", "psgrad clip")}
     refused, run = measure_step("tiny", TINY, 5, makers, rounds=1, memory_limit=2 * size - 1)
     assert refused.reason.startswith("not run: 0.0 GiB of per-sample gradients")
