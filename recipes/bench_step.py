@@ -84,9 +84,31 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Extension saving to grad_batch does not have")
     warnings.filterwarnings("ignore", message="There is a performance drop")  # of vmap, seen in its numbers
 
+    with Interruptible() as interrupt:
+        results = measure_cases(cases, makers, settings, interrupt)
+        searched = search_largest(results, settings, interrupt) if settings.largest_batch_gib else {}
+    if interrupt.asked:
+        print("interrupted; this is what was measured")
+    if not results:
+        raise ConfigError("nothing was measured")
+
+    write(results, searched, settings)
+    print(step_report.time_table(results))
+    print()
+    print(step_report.summary(results))
+    print(f"\nwritten to {settings.out}")
+    return 0
+
+
+def measure_cases(
+    cases: list[tuple[str, int]],
+    makers: dict[str, StepperMaker],
+    settings: BenchStep,
+    interrupt: Interruptible,
+) -> list[StepResult]:
+    """Measure time, and memory if asked for, case after case; the report is written after each."""
     results: list[StepResult] = []
-    searched: dict[tuple[str, str], int | None] = {}
-    with tqdm(cases, desc="bench", unit="case") as bar, Interruptible() as interrupt:
+    with tqdm(cases, desc="bench", unit="case") as bar:
         for model, n in bar:
             bar.set_postfix_str(f"{model}, N={n}")
             timed = measure_step(
@@ -112,25 +134,22 @@ def main(argv: list[str] | None = None) -> int:
             results += timed
             if interrupt.asked:
                 break
-            write(results, searched, settings)
-        if settings.largest_batch_gib and not interrupt.asked:
-            pairs = dict.fromkeys((r.case, r.contender) for r in results if r.measurement is not None)
-            everyone = [*dict.fromkeys((case, FLOOR) for case, _ in pairs), *pairs]
-            for model, contender in tqdm(everyone, desc="largest batch"):
-                if interrupt.asked:
-                    break
-                searched[model, contender] = largest(model, contender, settings)
-    if interrupt.asked:
-        print("interrupted; this is what was measured")
-    if not results:
-        raise ConfigError("nothing was measured")
+            write(results, {}, settings)
+    return results
 
-    write(results, searched, settings)
-    print(step_report.time_table(results))
-    print()
-    print(step_report.summary(results))
-    print(f"\nwritten to {settings.out}")
-    return 0
+
+def search_largest(
+    results: list[StepResult], settings: BenchStep, interrupt: Interruptible
+) -> dict[tuple[str, str], int | None]:
+    """Return the largest batch by model and contender that was measured, the non-private step first."""
+    searched: dict[tuple[str, str], int | None] = {}
+    pairs = dict.fromkeys((r.case, r.contender) for r in results if r.measurement is not None)
+    everyone = [*dict.fromkeys((case, FLOOR) for case, _ in pairs), *pairs]
+    for model, contender in tqdm(everyone, desc="largest batch"):
+        if interrupt.asked:
+            break
+        searched[model, contender] = largest(model, contender, settings)
+    return searched
 
 
 def write(
