@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +23,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError, keep_freed_memory
+from psgrad import ConfigError, keep_freed_memory
 from psgrad.bench import conv_report, machine, report
 from psgrad.bench.acceptance import looks_like_a_miss
 from psgrad.bench.case_sets import CASE_SETS, QUICK_CASES
@@ -35,12 +34,10 @@ from psgrad.bench.sweep import Cell, DType, Result, Setting, measure, remeasure
 from psgrad.bench.tf32 import tf32
 from psgrad.conv.planner import DeviceRates
 from psgrad.conv.processor import Processor, processor
-from recipes.config import Settings, from_command_line
+from recipes.config import Count, Positive, Settings, from_command_line, run_recipe
 from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_conv.toml"
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 SetName = Literal[
     "resnet18-32",
     "resnet50-224",
@@ -317,7 +314,4 @@ def bench_rules(settings: BenchConv) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

@@ -7,7 +7,6 @@ The report is written after every cell; Ctrl-C ends the measuring.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,18 +14,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError, keep_freed_memory
+from psgrad import ConfigError, keep_freed_memory
 from psgrad.bench import ensemble_report, machine
 from psgrad.bench.ensemble import Cell, EnsembleResult, measure_cell
 from psgrad.bench.ensemble_models import MODELS
 from psgrad.bench.report import require_extra
-from recipes.config import Settings, from_command_line
+from recipes.config import Count, Positive, Settings, from_command_line, run_recipe
 from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_ensemble.toml"
-Count = Annotated[int, Field(ge=1)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
 QUICK = {
     "models": ("mlp", "lenet"),
     "members": (4, 16),
@@ -136,7 +133,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

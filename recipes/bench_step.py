@@ -8,7 +8,6 @@ measuring and reports what there is.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError, keep_freed_memory
+from psgrad import ConfigError, keep_freed_memory
 from psgrad.bench import machine, step_report
 from psgrad.bench.report import require_extra
 from psgrad.bench.step import StepResult, measure_step
 from psgrad.bench.step_memory import FLOOR, largest_batch, peak_memory
 from psgrad.bench.step_models import MODELS
 from psgrad.bench.step_peers import STEPPERS, StepperMaker
-from recipes.config import Settings, from_command_line
+from recipes.config import Positive, Settings, from_command_line, run_recipe
 from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "bench_step.toml"
 QUICK = ("resnet18-gn:8", "tanh-cnn-28:64", "tiny:16")
-Positive = Annotated[float, Field(gt=0)]
 
 
 class BenchStep(Settings):
@@ -216,7 +214,4 @@ def largest(model: str, contender: str, settings: BenchStep) -> int | None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

@@ -8,7 +8,6 @@ shows the norms of the samples with right and with wrong labels. No privacy is c
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -19,16 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from psgrad import GradNorms, PsgradError, clip_per_sample, keep_freed_memory
-from recipes.config import Settings, from_command_line
+from psgrad import GradNorms, clip_per_sample, keep_freed_memory
+from recipes.config import Count, Positive, Settings, from_command_line, run_recipe
 from recipes.data import DataName, Images, load_images
 from recipes.models import accuracy, small_cnn
 from recipes.pictures import plot_norms
 from recipes.runs import Interruptible, RunFolder
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "clip_norms.toml"
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class ClipNorms(Settings):
@@ -162,7 +159,4 @@ def separation(norms: Tensor, wrong: Tensor) -> float:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

@@ -6,16 +6,19 @@ import argparse
 import difflib
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from psgrad import ConfigError
+from psgrad import ConfigError, PsgradError
 
-__all__ = ["Settings", "from_command_line", "from_table"]
+__all__ = ["Count", "Positive", "Settings", "from_command_line", "from_table", "run_recipe"]
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
@@ -80,6 +83,14 @@ def from_command_line(
             options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             raise ConfigError(f"--resume goes on with the settings of the run's start: leave out {options}")
     return from_table(kind, chosen.model_dump(), "command line")
+
+
+def run_recipe(main: Callable[[], int]) -> None:
+    """End the program with the exit status of a recipe, or with one line that says what is wrong."""
+    try:
+        sys.exit(main())
+    except PsgradError as error:
+        sys.exit(f"error: {error}")
 
 
 def _explain(kind: type[Settings], error: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError
+from psgrad import ConfigError
 from psgrad.bench import machine
 from psgrad.bench.model_gradients import compare, fallbacks
 from psgrad.bench.models_report import page
 from psgrad.bench.report import require_extra
 from psgrad.bench.zoo import model_names, outline
-from recipes.config import Settings, from_command_line
+from recipes.config import Settings, from_command_line, run_recipe
 from recipes.runs import Interruptible, writable
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "models_table.toml"
@@ -116,7 +115,4 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

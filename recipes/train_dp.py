@@ -7,7 +7,6 @@ averaged weights. Everything lands in the run's folder: metrics, a checkpoint, a
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from psgrad import PsgradError, clip_per_sample, keep_freed_memory
+from psgrad import clip_per_sample, keep_freed_memory
 from psgrad.dp import (
     PrivateOptimizer,
     PRVAccountant,
@@ -30,15 +29,13 @@ from psgrad.dp import (
     noise_multiplier_for,
 )
 from recipes.augment import random_affine
-from recipes.config import Settings, from_command_line, from_table
+from recipes.config import Count, Positive, Settings, from_command_line, from_table, run_recipe
 from recipes.data import DataName, Images, load_images
 from recipes.models import accuracy, small_cnn
 from recipes.pictures import plot_privacy
 from recipes.runs import Interruptible, RunFolder
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "train_dp.toml"
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class TrainDP(Settings):
@@ -236,7 +233,4 @@ class Training:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

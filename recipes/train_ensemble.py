@@ -7,7 +7,6 @@ run's folder: metrics, a checkpoint, a reliability diagram.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,17 +20,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from psgrad import ConfigError, PsgradError, keep_freed_memory
+from psgrad import ConfigError, keep_freed_memory
 from psgrad.ensemble import SGD, Ensemble, MemberLoader
-from recipes.config import Settings, from_command_line, from_table
+from recipes.config import Count, Positive, Settings, from_command_line, from_table, run_recipe
 from recipes.data import DataName, Images, load_images
 from recipes.ensemble_report import plot_reliability, scores
 from recipes.models import small_cnn
 from recipes.runs import Interruptible, RunFolder
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "train_ensemble.toml"
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 LOOP_STEPS = 3
 """Steps of the members alone, one after the other, that tell what a loop would take."""
 
@@ -240,7 +237,4 @@ def loop_seconds(settings: TrainEnsemble, ens: Ensemble, loader: MemberLoader) -
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        sys.exit(main())
-    except PsgradError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)
