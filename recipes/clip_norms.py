@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from psgrad import GradNorms, clip_per_sample, keep_freed_memory
-from recipes.config import Count, Positive, Settings, from_command_line, run_recipe
-from recipes.data import DataName, Images, load_images
+from recipes.config import Count, Positive, from_command_line, run_recipe
+from recipes.data import DataSettings, Images, load_images
 from recipes.models import accuracy, small_cnn
 from recipes.pictures import plot_norms
 from recipes.runs import Interruptible, RunFolder
@@ -28,15 +28,9 @@ from recipes.runs import Interruptible, RunFolder
 DEFAULT = Path(__file__).parent.parent / "configs" / "clip_norms.toml"
 
 
-class ClipNorms(Settings):
+class ClipNorms(DataSettings):
     """Train a CNN on mislabelled images, with and without clipping."""
 
-    data: DataName = "mnist5k"
-    """Data set; "mnist5k" ships with a package, the others are torchvision's."""
-    data_root: Path | None = None
-    """torchvision's data folder."""
-    download: bool = False
-    """Let torchvision fetch what is missing in the data folder."""
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Chance of each training label to be replaced by a wrong one."""
     max_norm: Positive = 0.1

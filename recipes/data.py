@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from psgrad import ConfigError
+from recipes.config import Settings
 
-__all__ = ["DataName", "Images", "load_images"]
+__all__ = ["DataName", "DataSettings", "Images", "load_images"]
 
 DataName = Literal["mnist5k", "mnist", "fashion-mnist", "cifar10"]
 
@@ -23,6 +24,17 @@ TORCHVISION = {
     "fashion-mnist": (datasets.FashionMNIST, 0.2860, 0.3530),
     "cifar10": (datasets.CIFAR10, 0.4734, 0.2516),
 }
+
+
+class DataSettings(Settings):
+    """Which images a recipe takes."""
+
+    data: DataName = "mnist5k"
+    """Data set; "mnist5k" ships with a package, the others are torchvision's."""
+    data_root: Path | None = None
+    """torchvision's data folder."""
+    download: bool = False
+    """Let torchvision fetch what is missing in the data folder."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from psgrad.dp import (
     noise_multiplier_for,
 )
 from recipes.augment import random_affine
-from recipes.config import Count, Positive, Settings, from_command_line, from_table, run_recipe
-from recipes.data import DataName, Images, load_images
+from recipes.config import Count, Positive, from_command_line, from_table, run_recipe
+from recipes.data import DataSettings, Images, load_images
 from recipes.models import accuracy, small_cnn
 from recipes.pictures import plot_privacy
 from recipes.runs import Interruptible, RunFolder
@@ -38,15 +38,9 @@ from recipes.runs import Interruptible, RunFolder
 DEFAULT = Path(__file__).parent.parent / "configs" / "train_dp.toml"
 
 
-class TrainDP(Settings):
+class TrainDP(DataSettings):
     """Train a CNN with differential privacy."""
 
-    data: DataName = "mnist5k"
-    """Data set; "mnist5k" ships with a package, the others are torchvision's."""
-    data_root: Path | None = None
-    """torchvision's data folder."""
-    download: bool = False
-    """Let torchvision fetch what is missing in the data folder."""
     epsilon: Positive = 3.0
     """Privacy to spend over the whole run."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4

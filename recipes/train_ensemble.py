@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from psgrad import ConfigError, keep_freed_memory
 from psgrad.ensemble import SGD, Ensemble, MemberLoader
-from recipes.config import Count, Positive, Settings, from_command_line, from_table, run_recipe
-from recipes.data import DataName, Images, load_images
+from recipes.config import Count, Positive, from_command_line, from_table, run_recipe
+from recipes.data import DataSettings, Images, load_images
 from recipes.ensemble_report import plot_reliability, scores
 from recipes.models import small_cnn
 from recipes.runs import Interruptible, RunFolder
@@ -33,15 +33,9 @@ LOOP_STEPS = 3
 """Steps of the members alone, one after the other, that tell what a loop would take."""
 
 
-class TrainEnsemble(Settings):
+class TrainEnsemble(DataSettings):
     """Fit an ensemble of CNNs at once."""
 
-    data: DataName = "mnist5k"
-    """Data set; "mnist5k" ships with a package, the others are torchvision's."""
-    data_root: Path | None = None
-    """torchvision's data folder."""
-    download: bool = False
-    """Let torchvision fetch what is missing in the data folder."""
     members: Count = 16
     """K, models to fit."""
     bootstrap: bool = True

@@ -26,12 +26,12 @@ def read(path, *options):
 def test_every_configuration_in_the_repository_is_valid(path):
     name = re.search(r"recipes/(\w+)\.py", path.read_text().splitlines()[0])[1]
     recipe = importlib.import_module(f"recipes.{name}")
-    (kind,) = (value for value in vars(recipe).values() if _is_settings(value))
+    (kind,) = (value for value in vars(recipe).values() if _is_settings(value, recipe.__name__))
     from_table(kind, tomllib.loads(path.read_text()), path.name)
 
 
-def _is_settings(value):
-    return isinstance(value, type) and issubclass(value, Settings) and value is not Settings
+def _is_settings(value, module):
+    return isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
