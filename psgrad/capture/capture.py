@@ -107,6 +107,7 @@ class Capture:
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = False  # all that batches tell
+        self._functions: dict[tuple[nn.Parameter, nn.Parameter | None], nn.Module] = {}
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
@@ -336,10 +337,10 @@ class Capture:
         error = partial(rule.input_error, layer.module)
         return region.layer(str(layer), lambda x, rows: self._run_rule(layer, rule, x, rest, rows), error, x)
 
-    def _run_function(
-        self, rule: LayerRule, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor
-    ) -> Tensor:
-        """Run what a module computes by `torch.nn.functional` as the layer that would compute it."""
+    def _run_function(self, rule: LayerRule, layer: nn.Module | None, *operands: Any) -> Tensor:
+        """Run what a module computes by `torch.nn.functional` as a layer; see `Use`."""
+        weight, bias, x = operands
+        layer = self._functions.setdefault((weight, bias), nn.Module()) if layer is None else layer
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
         path = next(self._owners[p] for p in (weight, bias) if p in self._owners)

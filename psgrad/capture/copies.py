@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Record", "own_copies"]
+from psgrad.layers import LayerRule
+
+__all__ = ["Record", "Use", "own_copies"]
 
 Record = Callable[[nn.Parameter, Tensor], None]
 """Takes a parameter's gradient `[N, *shape]`."""
+Use = Callable[[LayerRule, nn.Module | None, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
+"""Computes and captures what a rule says of a layer, None for one without settings, with weight and bias."""
 
 
 def own_copies(record: Record, p: nn.Parameter, samples: int, anchor: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from psgrad.capture.copies import Record, own_copies
+from psgrad.capture.copies import Record, Use, own_copies
+from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.stand_in import (
     BROADCAST,
     EXPANSIONS,
@@ -63,8 +64,7 @@ class Direct:
     record
         Called in backward with a parameter and its `[N, *shape]` gradient, once.
     by_rule
-        Computes and captures what a rule says of a module without parameters that is given two, as its
-        weight and bias, on an input whose axis 0 is the batch.
+        See `Use`; of an input whose axis 0 is the batch.
     anchor
         A scalar that requires grad.
     error
@@ -79,7 +79,7 @@ class Direct:
         rows: int,
         rows_per_sample: int,
         record: Record,
-        by_rule: Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor],
+        by_rule: Use,
         anchor: Tensor,
         error: UnknownUse,
         tell: Callable[[str, Tensor], None],
@@ -173,6 +173,8 @@ class Direct:
             return self._layer_norm(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
+        if func in RECURRENT:
+            return RECURRENT[func](self._linear, *args)
         if func in BROADCAST and kwargs.keys() <= {"alpha"}:
             return func(*self._aligned(func, args), **kwargs)
         if func in EXPANSIONS and not kwargs:
@@ -299,7 +301,9 @@ class Direct:
         return func([t.rows if isinstance(t, StandIn) else t for t in tensors], dim)
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Tensor:
-        return self._layer(RULES[nn.Linear], nn.Module(), x, weight, bias)
+        if not any(isinstance(t, StandIn) for t in (x, weight, bias)):  # frozen ones of a recurrent network
+            return F.linear(x, weight, bias)
+        return self._layer(RULES[nn.Linear], None, x, weight, bias)
 
     def _layer_norm(
         self, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
@@ -307,12 +311,16 @@ class Direct:
         layer = nn.LayerNorm(tuple(normalized_shape), eps, elementwise_affine=False)
         return self._layer(RULES[nn.LayerNorm], layer, x, weight, bias)
 
-    def _layer(self, rule: LayerRule, layer: nn.Module, x: Any, weight: Any, bias: Any) -> Tensor:
+    def _layer(self, rule: LayerRule, layer: nn.Module | None, x: Any, weight: Any, bias: Any) -> Tensor:
         """Compute by a rule what a function computes of the batch and parameters as they are."""
         weight, bias = (t.value if isinstance(t, StandIn) and t.rows is None else t for t in (weight, bias))
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             self._refuse("a function of a layer, with a weight or bias that is computed")
-        if isinstance(x, StandIn) or x.shape[:1] != (self._rows,) or rule.input_error(layer, x) is not None:
+        if (
+            isinstance(x, StandIn)
+            or x.shape[:1] != (self._rows,)
+            or rule.input_error(layer or nn.Module(), x) is not None
+        ):
             self._refuse("a function of a layer, of what is not known to be the batch")
         self._tell_of(x)
         return self._by_rule(rule, layer, weight, bias, x)

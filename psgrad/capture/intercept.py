@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from psgrad.capture.cells import CELLS
+from psgrad.capture.recurrent import RECURRENT
 
 __all__ = ["Intercept", "Intercepted"]
 
@@ -62,8 +62,8 @@ class Intercept(TorchFunctionMode):
             return self._region.layer_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._region.attention(*args, **kwargs)
-        if func in CELLS:
-            return CELLS[func](self._region.linear, *args, **kwargs)
+        if func in RECURRENT:
+            return RECURRENT[func](self._region.linear, *args, **kwargs)
         if func in FACTORIES:
             return self._region.own(func(*args, **kwargs))
         if func is F.multi_head_attention_forward:

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from psgrad.capture.copies import Record
+from psgrad.capture.copies import Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.learning import Learning, Run
 from psgrad.capture.once import refused
-from psgrad.capture.region import Region, Use, first_rows
+from psgrad.capture.region import Region, first_rows, is_ragged
 from psgrad.capture.results import results_as_it_is, with_batch, without_batch
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
 from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
+
+APART = (*OPAQUE, nn.RNN, nn.LSTM, nn.GRU)
+"""Types of which it is known that samples stay apart in all they do but use their parameters."""
 
 Told = list[tuple[str, Tensor]]
 
@@ -30,7 +33,8 @@ OTHER_ORDER = (
 MIXES = (
     "mixes samples: one's output moved when another was exchanged. It uses parameters of its own, or calls "
     "layers on other rows than the batch's, so that it would run one sample at a time. Compute over other "
-    "axes than the batch (axis 0), normalise with GroupNorm or LayerNorm, or use its eval() mode."
+    "axes than the batch (axis 0), in a recurrent network with batch_first=True; normalise with GroupNorm or "
+    "LayerNorm, or use its eval() mode."
 )
 """What is said of the one whose rows of one sample depend on another sample."""
 
@@ -52,7 +56,7 @@ class Owners:
     recording
         Returns what is to be called in backward with a parameter and its `[N, *shape]` gradient.
     use
-        Computes and captures what a rule says of a module without parameters, given two.
+        See `Use`.
     anchor
         A scalar that requires grad.
 
@@ -131,7 +135,7 @@ class Owners:
         OtherRowsError
             If no input, or one of a layer inside, has not the batch's; or in a trial what it returns.
         RefusedModelError
-            If that is the whole model, and a number.
+            If that is the whole model, and a number; or if no rows of samples are to be seen.
         CaptureError
             If a later batch shows that samples may not stay apart, and the module has already written to its
             inputs.
@@ -139,6 +143,11 @@ class Owners:
         """
         if self.region is not None:
             return forward(*args, **kwargs)
+        if self._learning.trying and any(map(is_ragged, tree_leaves((args, kwargs), is_leaf=is_ragged))):
+            raise RefusedModelError(
+                f"{layer} got a packed sequence or a nested tensor, in whose rows the samples lie mixed: "
+                "give it the padded one, and leave out of what it returns what is of the padding"
+            )
         rows = root_rows if root_rows is not None else first_rows(args, kwargs)
         if rows is None or rows % self._rows_per_sample:
             seen = "no input is a batch" if rows is None else f"{rows} rows"
@@ -237,7 +246,7 @@ class Owners:
         self._inside = True
         try:
             out = self.direct(rows).run(layer.module, forward, args, kwargs)
-            if not (inside or known.get(layer.path) or type(layer.module) in OPAQUE):
+            if not (inside or known.get(layer.path) or type(layer.module) in APART):
                 check_samples_apart(layer.module, args, kwargs, rows, self._rows_per_sample)
         except Exception as error:  # whatever a module may raise that is given a stand-in, or other samples
             self._as_a_whole = known

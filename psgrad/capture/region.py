@@ -24,15 +24,13 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from psgrad.capture.copies import Record, own_copies
+from psgrad.capture.copies import Record, Use, own_copies
 from psgrad.capture.intercept import Intercept
 from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
 from psgrad.layers import RULES, LayerRule
 
-__all__ = ["Region", "Use", "first_rows", "is_ragged"]
-
-Use = Callable[[LayerRule, nn.Module, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
+__all__ = ["Region", "first_rows", "is_ragged"]
 
 
 class Region:
@@ -48,8 +46,7 @@ class Region:
     record
         Called in backward with a parameter and its `[N, *shape]` gradient, once per region.
     use
-        Computes and captures, in the region, what a rule says of a module without parameters that is given
-        two of the region's, as its weight and bias.
+        See `Use`; of an input in the region.
     anchor
         A scalar that requires grad.
 
@@ -133,8 +130,7 @@ class Region:
             raise RefusedModelError(
                 f"{self._name} has no psgrad rule and torch.vmap could not run it one sample at a time: "
                 f"{err}\n"
-                "Build it from layers that have a rule, use a sample-wise equivalent (opacus.layers has "
-                "recurrent and attention layers), or freeze its parameters."
+                "Build it from layers that have a rule, or freeze its parameters."
             ) from err
         finally:
             self._copies.clear()
@@ -229,7 +225,7 @@ class Region:
         """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
         if id(weight) not in self._originals:
             return F.linear(input, weight, bias)
-        return self._by_rule(RULES[nn.Linear], nn.Module(), input, weight, bias)
+        return self._by_rule(RULES[nn.Linear], None, input, weight, bias)
 
     def layer_norm(
         self,
@@ -246,7 +242,7 @@ class Region:
         return self._by_rule(RULES[nn.LayerNorm], layer, input, weight, bias)
 
     def _by_rule(
-        self, rule: LayerRule, layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
+        self, rule: LayerRule, layer: nn.Module | None, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         known_bias = self._originals.get(id(bias))
         out = self._use(rule, layer, self._originals[id(weight)], known_bias, x)

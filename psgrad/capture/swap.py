@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,7 +42,18 @@ def swapped(modules: Iterable[nn.Module], copy: Callable[[nn.Parameter], Tensor]
             if any(p is not None and p.requires_grad for p in parameters.values()):
                 stack.callback(module.__dict__.__setitem__, "_parameters", parameters)
                 module.__dict__["_parameters"] = _Copies(parameters, copy)
+                if isinstance(module, nn.RNNBase):
+                    stack.callback(module.__dict__.update, _listed(module))
+                    weights = [getattr(module, name) for name in module._flat_weights_names]
+                    module.__dict__.update(_listed(module, weights))
         yield
+
+
+def _listed(module: nn.RNNBase, weights: list[Any] | None = None) -> dict[str, Any]:
+    """What a recurrent network keeps of its parameters besides, to tell whether they are others now."""
+    if weights is None:
+        return {name: module.__dict__[name] for name in ("_flat_weights", "_flat_weight_refs")}
+    return {"_flat_weights": weights, "_flat_weight_refs": [weakref.ref(w) for w in weights]}
 
 
 def shown(module: nn.Module) -> Iterable[nn.Module]:

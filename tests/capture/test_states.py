@@ -8,6 +8,8 @@ from torch import nn
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, clip_per_sample
 
+WITH_CELL = (DPLSTM, nn.LSTM)
+
 
 class Reader(nn.Module):
     def __init__(self, kind, layers, bidirectional=False, mixes=False, batch_first=True):
@@ -28,7 +30,7 @@ def batch(samples, layers, kind=DPGRU):
     torch.manual_seed(1)
     x = torch.randn(samples, 5, 4, dtype=torch.float64)
     h, c = (torch.randn(layers, samples, 6, dtype=torch.float64) for _ in range(2))
-    return x, torch.randint(3, (samples,)), (h, c) if kind is DPLSTM else h
+    return x, torch.randint(3, (samples,)), (h, c) if kind in WITH_CELL else h
 
 
 def column(state, i):
@@ -46,7 +48,7 @@ def one_by_one(model, x, y, state):
 
 
 @pytest.mark.parametrize(("samples", "layers"), [(3, 1), (3, 2), (2, 3), (5, 2)])
-@pytest.mark.parametrize("kind", [DPLSTM, DPGRU, DPRNN])
+@pytest.mark.parametrize("kind", [DPLSTM, DPGRU, DPRNN, nn.LSTM, nn.GRU, nn.RNN])
 def test_a_state_among_the_inputs(kind, samples, layers):
     model, (x, y, state) = Reader(kind, layers), batch(samples, layers, kind)
     expected = one_by_one(model, x, y, state)
@@ -56,7 +58,7 @@ def test_a_state_among_the_inputs(kind, samples, layers):
         F.cross_entropy(out, y).backward()
         for p, grads in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad_sample, grads)
-    assert (following[0] if kind is DPLSTM else following).shape == (layers, samples, 6)
+    assert (following[0] if kind in WITH_CELL else following).shape == (layers, samples, 6)
     handle.remove()
 
 
