@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.learning import Learning, Run
 from psgrad.capture.once import refused
-from psgrad.capture.region import Region, first_rows, is_ragged
+from psgrad.capture.recurrent import PACKED, run_packed
+from psgrad.capture.region import Region, first_rows
 from psgrad.capture.results import results_as_it_is, with_batch, without_batch
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
 from psgrad.errors import CaptureError, RefusedModelError, ShapeError
@@ -143,16 +146,13 @@ class Owners:
         """
         if self.region is not None:
             return forward(*args, **kwargs)
-        if self._learning.trying and any(map(is_ragged, tree_leaves((args, kwargs), is_leaf=is_ragged))):
-            raise RefusedModelError(
-                f"{layer} got a packed sequence or a nested tensor, in whose rows the samples lie mixed: "
-                "give it the padded one, and leave out of what it returns what is of the padding"
-            )
         rows = root_rows if root_rows is not None else first_rows(args, kwargs)
         if rows is None or rows % self._rows_per_sample:
             seen = "no input is a batch" if rows is None else f"{rows} rows"
             raise ShapeError(f"{layer}: {seen}, with rows_per_sample={self._rows_per_sample}")
-        lengths = {i: t.shape[0] for i, t in _tensors(args, kwargs) if t.ndim}
+        of_packed = _of_packed(layer, args)
+        forward = of_packed or forward
+        lengths = {} if of_packed else {i: t.shape[0] for i, t in _tensors(args, kwargs) if t.ndim}
         batched = self._learning.batched(layer.path, lengths, rows)
         if rows and not self.is_region(layer.path):
             run_whole = self._try_whole if self._learning.trying else self._run_whole
@@ -160,6 +160,8 @@ class Owners:
             if done:
                 return out
             self.make_region(layer.path)
+        if of_packed:
+            raise RefusedModelError(f"{layer} {PACKED}")
         if not batched:
             raise OtherRowsError(layer, f"no input has the batch's {rows} rows")
         for i, t in _tensors(args, kwargs):
@@ -285,6 +287,14 @@ class Owners:
         return Direct(
             rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error, self.tell
         )
+
+
+def _of_packed(layer: Layer, args: Any) -> Callable[..., Any] | None:
+    """Return what runs a recurrent network on the batch as a whole, if what it is given is packed."""
+    module, packed = layer.module, args and isinstance(args[0], PackedSequence)
+    if packed and isinstance(module, nn.RNNBase) and type(module) in APART:
+        return partial(run_packed, module)
+    return None
 
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from psgrad.errors import CaptureError
 
-__all__ = ["RECURRENT"]
+__all__ = ["PACKED", "RECURRENT", "run_packed"]
 
 Linear = Callable[..., Tensor]
 """Computes `F.linear`."""
@@ -76,8 +77,9 @@ def _network(
     training: bool,
     bidirectional: bool,
     *batch_first: bool,
+    lengths: Tensor | None = None,
 ) -> State:
-    """All steps of all layers, as `torch.lstm` and its like.
+    """All steps of all layers, as `torch.lstm` and its like; of every sample its first `lengths` `N`, or all.
 
     Raises
     ------
@@ -85,11 +87,8 @@ def _network(
         If x is the data of a packed sequence, whose rows are not the batch's.
 
     """
-    if isinstance(weights, Tensor):  # lengths have come in between
-        raise CaptureError(
-            "a recurrent network got a packed sequence, in whose rows the samples lie mixed: give it the "
-            "padded one, and leave out what it returns of the padding"
-        )
+    if isinstance(weights, Tensor):  # how many samples each step has came in between
+        raise CaptureError(PACKED)
     x = x if batch_first[0] else x.transpose(0, 1)  # N T F
     states = (first,) if isinstance(first, Tensor) else tuple(first)  # each (layers directions) N H
     directions = 2 if bidirectional else 1
@@ -101,8 +100,9 @@ def _network(
         for direction in range(directions):
             n = len(last)
             own = weights[n * each : (n + 1) * each]
+            state = tuple(s[n] for s in states)
             steps, state = _direction(
-                step, linear, x, tuple(s[n] for s in states), own, has_biases, backwards=direction == 1
+                step, linear, x, state, own, has_biases, lengths, backwards=direction == 1
             )
             out.append(steps)
             last.append(state)
@@ -118,6 +118,7 @@ def _direction(
     state: State,
     weights: Sequence[Tensor],
     has_biases: bool,
+    lengths: Tensor | None,
     *,
     backwards: bool,
 ) -> tuple[Tensor, State]:
@@ -125,14 +126,46 @@ def _direction(
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     w_hr = rest[-1] if len(rest) % 2 else None  # of proj_size
-    from_x = linear(x, w_ih, b_ih).unbind(1)  # of all steps at once
+    from_x = list(enumerate(linear(x, w_ih, b_ih).unbind(1)))  # of all steps at once
     steps = []
-    for gates in reversed(from_x) if backwards else from_x:
-        state = step(gates, linear(state[0], w_hh, b_hh), state)
+    for t, gates in reversed(from_x) if backwards else from_x:
+        before, state = state, step(gates, linear(state[0], w_hh, b_hh), state)
         if w_hr is not None:
             state = (linear(state[0], w_hr, None), *state[1:])
+        if lengths is not None:  # at its end a sample's state stays, backwards it begins there
+            goes_on = (t < lengths).unsqueeze(1)
+            state = tuple(torch.where(goes_on, *both) for both in zip(state, before, strict=True))
         steps.append(state[0])
     return torch.stack(steps[::-1] if backwards else steps, 1), state
+
+
+STEPS: dict[str, Step] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
+"""By the mode of an `nn.RNNBase`."""
+
+PACKED = (
+    "got a packed sequence, in whose rows the samples lie mixed, where it runs one sample at a time: give it "
+    "the padded one, and leave out of what it returns what is of the padding"
+)
+
+
+def run_packed(module: nn.RNNBase, packed: PackedSequence, first: Any = None) -> tuple[PackedSequence, Any]:
+    """Compute `module(packed, first)`, on the padded sequence: its rows are the batch's, in their order."""
+    x, lengths = pad_packed_sequence(packed, batch_first=True)
+    if first is None:
+        count = module.num_layers * (2 if module.bidirectional else 1)
+        sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+        states = tuple(x.new_zeros(count, len(x), size) for size in sizes)
+        first = states if module.mode == "LSTM" else states[0]
+    options = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, True)
+    out, *ends = _network(
+        STEPS[module.mode], F.linear, x, first, module._flat_weights, *options, lengths=lengths.to(x.device)
+    )
+    order = packed.sorted_indices
+    if order is not None:
+        out, lengths = out[order], lengths[order.cpu()]
+    data = pack_padded_sequence(out, lengths, batch_first=True).data
+    again = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
+    return again, tuple(ends) if module.mode == "LSTM" else ends[0]
 
 
 RECURRENT: dict[Any, Callable[..., Any]] = {

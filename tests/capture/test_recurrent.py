@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
 from psgrad.layers import RULES
@@ -176,14 +176,52 @@ def test_the_batch_where_time_belongs_is_refused():
         model(torch.randn(5, 5, 3, dtype=torch.float64))
 
 
-def test_a_packed_sequence_is_refused_with_a_way_out():
-    class Packs(Reader):
-        def forward(self, x):
-            packed = pack_padded_sequence(self.embed(x), torch.full((len(x),), 4), batch_first=True)
-            return self.network(packed)[1][0][-1]
+class Packs(Reader):
+    """Takes `[N, T, 4]`, of which the last says how many steps a sample has."""
 
-    with (
-        PerSampleGrads(model := Packs("LSTM")),
-        pytest.raises(RefusedModelError, match=r"network \(LSTM\) got a packed sequence(?s:.*)padded"),
-    ):
-        model(torch.randn(5, 4, 3, dtype=torch.float64))
+    def __init__(self, kind, *, in_order=False, **options):
+        super().__init__(kind, **options)
+        self.in_order = in_order
+
+    def forward(self, x):
+        lengths = x[:, 0, 3].long()
+        packed = pack_padded_sequence(
+            self.embed(x[..., :3]), lengths, batch_first=True, enforce_sorted=self.in_order
+        )
+        out, state = self.network(packed)
+        out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        states = state if isinstance(state, tuple) else (state,)
+        return torch.cat([out.sum(1), *(s.transpose(0, 1).flatten(1) for s in states)], 1)
+
+
+def sequences(*lengths):
+    torch.manual_seed(1)
+    x = torch.randn(len(lengths), 7, 4, dtype=torch.float64)
+    x[..., 3] = torch.tensor(lengths).unsqueeze(1)
+    return x
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_sequence(kind, options):
+    model, x = Packs(kind, **OPTIONS[options]), sequences(3, 7, 1, 4, 4, 2)
+    expected = model(x)
+    with PerSampleGrads(model):
+        torch.testing.assert_close(model(x), expected)
+    assert_exact(model, x)
+
+
+def test_a_packed_sequence_in_order():
+    assert_exact(Packs("LSTM", in_order=True), sequences(5, 4, 4, 3))
+
+
+def test_a_packed_sequence_that_its_rows_are_computed_of_is_refused():
+    class RowsOfAll(Packs):
+        def forward(self, x):
+            packed = pack_padded_sequence(
+                x[..., :3], x[:, 0, 3].long(), batch_first=True, enforce_sorted=False
+            )
+            return self.network(packed._replace(data=self.embed(packed.data)))[1][0][-1]
+
+    with PerSampleGrads(model := RowsOfAll("LSTM")), pytest.raises(RefusedModelError, match="RowsOfAll"):
+        model(sequences(3, 7, 1, 4))
