@@ -49,6 +49,7 @@ from psgrad.capture.survey import (
     refuse_model,
     why_hooked,
 )
+from psgrad.capture.synchronised import refuse_synchronised
 from psgrad.errors import CaptureError, RefusedModelError, ShapeError
 from psgrad.layers import LayerCall, LayerRule, why_samples_mix
 from psgrad.loss import LossCheck
@@ -391,5 +392,6 @@ class Capture:
             raise CaptureError("since psgrad was attached:\n  " + "\n  ".join(hooked))
 
     def _refuse_mixing(self) -> None:
+        refuse_synchronised()
         if not self._tables.hold() or any(map(why_samples_mix, self._tables.modules)):
             refuse_mixing(self._module)

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.capture.shadow import ShadowForward
+from psgrad.capture.synchronised import why_synchronised
 from psgrad.errors import RefusedModelError, ShapeError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
 
@@ -182,6 +183,8 @@ def why_not_shadowed(module: nn.Module) -> str | None:
         return "a psgrad handle is attached already; call its remove() first"
     if "_orig_mod" in module._modules:
         return "it is what torch.compile returned: give the module inside of it, model._orig_mod"
+    if (why := why_synchronised(module)) is not None:
+        return why
     return None if forward is None else "its forward was replaced on the instance, which no rule sees through"
 
 

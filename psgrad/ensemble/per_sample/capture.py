@@ -14,6 +14,7 @@ from psgrad.capture.recorder import frozen, leaves_for, not_captured, refuse_cha
 from psgrad.capture.region import first_rows
 from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.survey import refuse_mixing, why_not_shadowed
+from psgrad.capture.synchronised import refuse_synchronised
 from psgrad.ensemble.interpreter import UnlikeError
 from psgrad.ensemble.own import Arguments, arguments_of
 from psgrad.ensemble.per_sample.folded import FoldedCapture
@@ -121,6 +122,7 @@ class MemberCapture:
         inputs, own = _inputs_of(self._ensemble.stacked, *args, **kwargs)
         if not torch.is_grad_enabled() or frozen(self._ensemble, self._trainable):
             return forward(*args, **kwargs)
+        refuse_synchronised()
         if self._open and torch._C._current_graph_task_id() == -1:
             self.abandon()  # a backward pass ended in an error
         ensemble = self._ensemble
