@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["ModuleTables"]
@@ -29,7 +30,10 @@ class ModuleTables:
                     seen.add(child)
                     self.modules.append(child)
         self._tables: list[dict[str, Any]] = [
-            table for m in self.modules for table in (m._modules, m._parameters, m._buffers)
+            table
+            for m in self.modules
+            if not isinstance(m, torch.jit.ScriptModule)  # which is as it was compiled, and has no such dicts
+            for table in (m._modules, m._parameters, m._buffers)
         ]
         self._sizes = list(map(len, self._tables))
         self._filled = [table for table in self._tables if table]

@@ -120,7 +120,7 @@ class PerSampleGrads:
 def accumulate(p: nn.Parameter, grad: Tensor) -> None:
     """`p.grad += grad`, as `backward` does: in the dtype of p, and laid out in memory as p is."""
     if p.grad is not None:
-        p.grad = p.grad + grad.to(p.dtype)
+        p.grad.add_(grad)  # in place, as autograd does: it may be a view of a buffer of all gradients
     elif grad.dtype == p.dtype and grad.stride() == p.stride():
         p.grad = grad
     else:

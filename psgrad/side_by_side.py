@@ -61,6 +61,8 @@ def side_by_side(grads: PerParameter) -> list[SideBySide]:
     for p, grad in grads.items():
         alike.setdefault((grad.dtype, grad.device), {})[p] = grad
     return [
-        SideBySide(tuple(some), torch.cat([grad.reshape(-1, p.numel()) for p, grad in some.items()], 1))
+        SideBySide(
+            tuple(some), torch.cat([grad.reshape(len(grad), p.numel()) for p, grad in some.items()], 1)
+        )
         for some in alike.values()
     ]

@@ -15,7 +15,7 @@ from psgrad.capture.stand_in import StandIn
 from psgrad.capture.survey import Layer, OtherRowsError
 from psgrad.errors import CaptureError, ShapeError
 
-__all__ = ["check_layer_rows", "check_rows", "refuse_unseen", "refuse_vmapped"]
+__all__ = ["check_layer_rows", "check_rows", "refuse_transformed", "refuse_unseen"]
 
 
 def check_layer_rows(layer: Layer, x: Tensor, rows_per_sample: int, expected: int | None) -> None:
@@ -83,8 +83,8 @@ def refuse_unseen(args: Any, kwargs: Any) -> None:
         )
 
 
-def refuse_vmapped(layer: Layer, regions: Sequence[str]) -> NoReturn:
-    """Say whose vmap a tensor is of, that a layer was given outside of a region: of these, or the user's.
+def refuse_transformed(layer: Layer, regions: Sequence[str]) -> NoReturn:
+    """Say whose transform made what a layer was given outside of a region: one of these, or the user's.
 
     Raises
     ------
@@ -94,8 +94,9 @@ def refuse_vmapped(layer: Layer, regions: Sequence[str]) -> NoReturn:
     """
     if peek_interpreter_stack() is not None:
         raise CaptureError(
-            f"{layer} was called under torch.vmap while psgrad is attached, which takes axis 0 of what the "
-            "model is given for its samples: call the model on the whole batch, or remove() the handle first"
+            f"{layer} was called under torch.func.grad, jacrev, jvp or under torch.vmap while psgrad is "
+            "attached, which takes axis 0 of what the model is given for samples, and waits for backward. "
+            "Call the model on the whole batch, take gradients by autograd, or remove() the handle first"
         )
     raise CaptureError(
         f"{layer} was called again for a module that runs one sample at a time (one of "

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_unseen, refuse_vmapped
+from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_transformed, refuse_unseen
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
@@ -38,7 +38,7 @@ from psgrad.capture.recorder import (
 )
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.repeatable import Gate, RepeatableCall
-from psgrad.capture.shadow import shadow_forward, unshadow_forward
+from psgrad.capture.shadow import replaced_forward, shadow_forward, unshadow_forward
 from psgrad.capture.shared_rows import SharedRows
 from psgrad.capture.survey import (
     Layer,
@@ -283,7 +283,7 @@ class Capture:
         while path:
             path = path.rpartition(".")[0]
             module = self._module.get_submodule(path)
-            calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
+            calls = type(module).forward is not nn.Module.forward and replaced_forward(module) is None
             layer = self._layers.get(path)
             if layer is None and (calls or not path):
                 self._attach(layer := Layer(path, module, None))
@@ -303,7 +303,7 @@ class Capture:
         OtherRowsError
             If it has not the batch's rows.
         CaptureError
-            If it is called from a vmap that is not the present region's.
+            If it is called under a transform of torch.func that is not the present region's vmap.
 
         """
         if not torch.is_grad_enabled() or self._own.as_it_is or not layer.trains:
@@ -313,9 +313,9 @@ class Capture:
         if region is None and self._root_rows is None:  # called by itself, not by the model's call
             self._refuse_mixing()
         if region is None and any(
-            isinstance(t, Tensor) and is_batchedtensor(t) for t in (*args, *kwargs.values())
+            isinstance(t, Tensor) and is_functorch_wrapped_tensor(t) for t in (*args, *kwargs.values())
         ):
-            refuse_vmapped(layer, self.regions)
+            refuse_transformed(layer, self.regions)
         if layer.rule is None:
             return self._own.run(layer, forward, args, kwargs, self._root_rows)
         if region is not None and region.samples == 0:

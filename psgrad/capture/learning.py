@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from psgrad.capture.region_inputs import Lengths, RegionInputs
 from psgrad.capture.survey import Layer
 from psgrad.capture.trial import Layout, in_front, layouts_of, other_numbers_of_samples, without_trace
 from psgrad.graph import leaves_of
+from psgrad.tensors_in import tensors_in
 
 __all__ = ["Learning", "Run"]
 
@@ -143,7 +143,7 @@ class Learning:
         """Run, and return the owners of parameters that the graph shows used outside of what is captured."""
         with without_trace(self._module):
             out = run(args, kwargs, rows)
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        results = tensors_in(out)
         self._results.append((rows, [t.shape[0] if t.ndim else None for t in results]))
         leaves = leaves_of(results)
         return [self._owners[p] for p in leaves if isinstance(p, nn.Parameter) and p in self._owners]

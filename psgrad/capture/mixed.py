@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from psgrad.capture.trial import Layout, picked, without_trace
 from psgrad.errors import ConfigError, RefusedModelError
 from psgrad.independence import Call, why_mixed
+from psgrad.tensors_in import tensors_in
 
 __all__ = ["Batch", "refuse_mixed"]
 
@@ -115,7 +115,7 @@ class _Results:
         with without_trace(module):
             out, taken = run(*batch.of(samples), two)
             self._random = torch.get_rng_state()
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        results = tensors_in(out)
         found = [(RESULT, t) for i, t in enumerate(results) if of_samples(i)]
         tensors = [(where, t.detach()) for where, t in found + taken if t.shape[:1] == (two,)]
         self._tensors = [(where, t.unflatten(0, (2, batch.rows_per_sample))) for where, t in tensors]
@@ -146,7 +146,7 @@ def _why(module: nn.Module, where: str, batch: Batch) -> str:
         return where
     first, second = batch.others
     runs = [
-        (torch.tensor(changed), batch.of(samples))
+        (torch.tensor(changed, device="cpu"), batch.of(samples))
         for changed, samples in (
             ((False, False), (0, 1)),
             ((False, True), (0, second)),

@@ -291,7 +291,8 @@ def refuse_changed(before: Mapping[str, nn.Parameter], now: Mapping[str, nn.Para
     if changed:
         raise CaptureError(
             f"requires_grad, or the parameter, has changed since psgrad was attached, of "
-            f"{', '.join(changed)}: remove() the handle and attach a new one"
+            f"{', '.join(changed)}: remove() the handle and attach a new one (and remove() it before "
+            "torch.func.functional_call, which shows a module other parameters)"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ShadowForward", "is_shadowed", "shadow_forward", "unshadow_forward"]
+__all__ = ["ShadowForward", "is_shadowed", "replaced_forward", "shadow_forward", "unshadow_forward"]
 
 
 class ShadowForward:
@@ -21,11 +21,11 @@ class ShadowForward:
             reason=f"psgrad is attached to this {type(module).__name__} and runs it without compiling it: "
             "compile without fullgraph=True, or give fullgraph=True to what holds no trainable parameter",
         )
-        self.shadowed = module.forward
+        self.__wrapped__ = module.forward  # whose signature `inspect` finds, as of what decorators return
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what shadows."""
-        return self.run(self.shadowed, args, kwargs)
+        return self.run(self.__wrapped__, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # copy and pickle run this before the copy has its state: there, the class's forward is found.
@@ -40,6 +40,16 @@ def shadow_forward(module: nn.Module, run: Callable[..., Any]) -> None:
 def is_shadowed(module: nn.Module) -> bool:
     """Whether a forward of psgrad's shadows the module's."""
     return isinstance(module.__dict__.get("forward"), ShadowForward)
+
+
+def replaced_forward(module: nn.Module) -> Any | None:
+    """Return what the module's forward was replaced with on the instance, None where it is the class's.
+
+    A copy that was made under a handle holds the class's own, as `ShadowForward` leaves it.
+    """
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__self__", None) is module
+    return None if own and getattr(forward, "__func__", None) is type(module).forward else forward
 
 
 def unshadow_forward(module: nn.Module) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from psgrad.capture.shadow import ShadowForward
+from psgrad.capture.shadow import is_shadowed, replaced_forward
 from psgrad.capture.synchronised import why_synchronised
 from psgrad.errors import RefusedModelError, ShapeError
 from psgrad.layers import LayerRule, rule_for, why_samples_mix
@@ -178,14 +179,20 @@ def refuse_mixing(module: nn.Module) -> None:
 
 def why_not_shadowed(module: nn.Module) -> str | None:
     """Why no handle can be attached to this very module, or None."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, ShadowForward):
+    if is_shadowed(module):
         return "a psgrad handle is attached already; call its remove() first"
     if "_orig_mod" in module._modules:
         return "it is what torch.compile returned: give the module inside of it, model._orig_mod"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit compiled it, and its layers are not called one by one: give what it was made of"
     if (why := why_synchronised(module)) is not None:
         return why
-    return None if forward is None else "its forward was replaced on the instance, which no rule sees through"
+    if replaced_forward(module) is None:
+        return None
+    return (
+        "its forward was replaced on the instance, which no rule sees through: attach before it is "
+        "(Accelerator.prepare does so for mixed precision)"
+    )
 
 
 def is_inside(path: str, other: str) -> bool:

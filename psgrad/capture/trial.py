@@ -88,7 +88,7 @@ def picked(call: Any, rows: int, some: list[int], layout: Layout) -> Any:
         axis = next(axes)
         return t.clone() if axis is None else t.detach().index_select(axis, index.to(t.device))
 
-    index = torch.tensor(some)
+    index = torch.tensor(some, device="cpu")
     return tree_map(pick, call)
 
 

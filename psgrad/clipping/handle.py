@@ -80,7 +80,7 @@ class ClipPerSample:
         self._members = {group.path: [trainable[name] for name in group.names] for group in self._groups}
         self.style = style
         self._gathered = Gathered.nothing(self.l2_bound)
-        self._unclipped = torch.tensor(0.0)
+        self._unclipped = torch.tensor(0.0, device="cpu")
 
     @property
     def l2_bound(self) -> float:

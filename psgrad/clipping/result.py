@@ -74,4 +74,4 @@ class Gathered:
     @classmethod
     def nothing(cls, l2_bound: float) -> Gathered:
         """Return what a step starts from."""
-        return cls(l2_bound, 0, torch.tensor(0), torch.tensor(0))
+        return cls(l2_bound, 0, torch.tensor(0, device="cpu"), torch.tensor(0, device="cpu"))

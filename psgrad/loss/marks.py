@@ -6,8 +6,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from psgrad.tensors_in import tensors_in
 
 if TYPE_CHECKING:
     from psgrad.loss.check import LossCheck
@@ -43,12 +42,8 @@ def mark(out: Any, check: LossCheck, samples: int, rows: int, members: tuple[int
 
     The marks live and die with the graph.
     """
-    for leaf in tree_leaves(out):
-        if (
-            isinstance(leaf, Tensor)
-            and leaf.grad_fn is not None
-            and leaf.shape[: len(members) + 1] == (*members, rows)
-        ):
+    for leaf in tensors_in(out):
+        if leaf.grad_fn is not None and leaf.shape[: len(members) + 1] == (*members, rows):
             node: Node = leaf.grad_fn  # whose metadata is typed as a method
             node.metadata[KEY] = Output(weakref.ref(check), samples, members)
 

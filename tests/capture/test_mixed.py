@@ -1,5 +1,7 @@
 """A model that mixes samples, in whatever module, is refused on its first batch of more than one."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -315,3 +317,27 @@ def test_tokens_are_exchanged_for_others_of_the_batch():
     model = nn.Sequential(nn.Embedding(9, 4), Does(lambda h: h - h.mean(0)), nn.Linear(4, 2))
     with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"1 \(Does\)"):
         model(torch.tensor([[0, 1], [8, 3], [2, 2]]))
+
+
+@dataclass
+class Returned:
+    logits: torch.Tensor
+    at: int = 0
+
+
+@pytest.mark.parametrize(
+    "wrap", [Returned, lambda h: [{"one": Returned(h)}], lambda h: torch.distributions.Normal(h, 1.0)]
+)
+def test_mixing_is_seen_in_a_models_own_types(wrap):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = self.linear(x)
+            return wrap(h - h.mean(0))
+
+    model = Centred()
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="mixes samples"):
+        model(torch.randn(4, 3))
