@@ -52,7 +52,7 @@ def _emptied(once: Any, twice: Any) -> Any:
         return once.narrow(axis, 0, 0).clone() if once.ndim else once.clone()
     if isinstance(once, Mapping):
         emptied = copy.copy(once)  # a BatchEncoding stays one
-        emptied.update({key: _emptied(value, twice[key]) for key, value in once.items()})  # type: ignore[attr-defined]
+        emptied.update({key: _emptied(value, twice[key]) for key, value in once.items()})  # type: ignore[attr-defined]  # a mapping
         return emptied
     if once is None or isinstance(once, (str, bytes, int, float, complex)):
         return once

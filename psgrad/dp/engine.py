@@ -181,7 +181,7 @@ class PrivacyEngine:
         if not module.training:
             raise ConfigError("the module is in evaluation mode: call module.train() first")
         if isinstance(getattr(criterion, "reduction", None), str):  # else `backward` reads the loss's graph
-            check_loss_reduction(criterion, loss_reduction)  # type: ignore[arg-type]
+            check_loss_reduction(criterion, loss_reduction)  # type: ignore[arg-type]  # it has a reduction
         style = style_of(module, max_grad_norm, clipping)
         poisson = poisson_sampling or isinstance(data_loader, DPDataLoader)
         # Where it is no sampling rate, get_epsilon says so.
