@@ -26,3 +26,21 @@ def squared_loss(model, x):
     out = model(x)
     weights = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).reshape(out.shape[1:])
     return (out.sin() * weights).flatten(1).sum(1).mean()
+
+
+def assert_clipped(model, x, handle_of, rows_per_sample=1, **options):
+    """Norms and clipped sum are the oracle's, half of the samples clipped; return the handle's regions."""
+    expected = grads_one_by_one(model, squared_loss, [x], rows_per_sample)
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    bound = norms.median().item()
+    factors = (bound / norms).clamp(max=1)
+    samples = len(x) // rows_per_sample
+    with handle_of(model, bound, "sum", rows_per_sample=rows_per_sample, **options) as clip:
+        for _ in range(2):  # the first batch, and one when all is known
+            model.zero_grad()
+            (squared_loss(model, x) * samples).backward()
+            torch.testing.assert_close(clip.result.norms, norms)
+            for path, p in model.named_parameters():
+                if p.requires_grad:
+                    torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
+        return clip.regions

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from psgrad import CaptureError, PerSampleGrads, clip_per_sample
-from tests.model_oracle import grads_one_by_one, squared_loss
+from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
 
 class Uses(nn.Module):
@@ -126,19 +126,7 @@ def assert_exact(model, handle_of, x, rows_per_sample=1):
     """Norms and clipped sum are the oracle's; of parameters that the use leaves out, there are none."""
     for p in grads_unused(model, x):
         p.requires_grad_(False)
-    expected = grads_one_by_one(model, squared_loss, [x], rows_per_sample)
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
-    factors = (norms.median() / norms).clamp(max=1)
-    samples = len(x) // rows_per_sample
-    with handle_of(model, norms.median().item(), "sum", rows_per_sample=rows_per_sample) as clip:
-        for _ in range(2):  # the first batch, and one when all is known
-            model.zero_grad()
-            (squared_loss(model, x) * samples).backward()
-            torch.testing.assert_close(clip.result.norms, norms)
-            for path, p in model.named_parameters():
-                if p.requires_grad:
-                    torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
-        return clip.regions
+    return assert_clipped(model, x, handle_of, rows_per_sample)
 
 
 def grads_unused(model, x):

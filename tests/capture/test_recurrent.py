@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
 from psgrad.layers import RULES
-from tests.model_oracle import grads_one_by_one, squared_loss
+from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
 KINDS = {
     "LSTM": nn.LSTM,
@@ -43,22 +43,8 @@ class Reader(nn.Module):
 
 
 def assert_exact(model, x, rows_per_sample=1, **options):
-    """Norms and clipped sums are the oracle's, and the whole batch runs at once."""
-    expected = grads_one_by_one(model, squared_loss, [x], rows_per_sample)
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
-    bound = norms.median().item()
-    factors = (bound / norms).clamp(max=1)
-    samples = len(x) // rows_per_sample
-    with clip_per_sample(model, bound, "sum", rows_per_sample=rows_per_sample, **options) as clip:
-        for _ in range(2):  # the first batch, with its trials, and one without
-            model.zero_grad()
-            (squared_loss(model, x) * samples).backward()
-            torch.testing.assert_close(clip.result.norms, norms)
-            for path, p in model.named_parameters():
-                if p.requires_grad:
-                    torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
-        assert clip.regions == ()
-        return clip.result
+    """All as the oracle has it, and on the whole batch at once."""
+    assert assert_clipped(model, x, clip_per_sample, rows_per_sample, **options) == ()
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -66,8 +52,8 @@ def assert_exact(model, x, rows_per_sample=1, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_network(kind, options, batch_first):
     torch.manual_seed(1)
-    # as many samples as steps, and as layers and directions
-    for rows in (6, 4):
+    # as many samples as steps, as layers and directions, and one
+    for rows in (6, 4, 1):
         model = Reader(kind, batch_first=batch_first, **OPTIONS[options])
         assert_exact(model, torch.randn(rows, 6, 3, dtype=torch.float64))
 
@@ -153,6 +139,18 @@ def test_the_network_is_left_as_it_was():
         with torch.no_grad():
             assert torch.equal(model(x), expected)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, x = Reader("LSTM"), torch.randn(5, 4, 3, dtype=torch.float64)
+    norms = []
+    for half in (False, True):
+        model, x = (model.to(dtype), x.to(dtype)) if half else (model, x)
+        with clip_per_sample(model, 1.0) as clip:
+            squared_loss(model, x).backward()
+            norms.append(clip.result.norms.double())
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.05, atol=0)
 
 
 def test_an_empty_batch():
