@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 
 from psgrad.capture import Capture, Contribution, LayerUse, PerParameter
-from psgrad.capture.parametrized import Carried
+from psgrad.capture.computed import Carried
 from psgrad.errors import ConfigError
 from psgrad.held import Held, added_up, weighted_sums
 from psgrad.per_sample import accumulate

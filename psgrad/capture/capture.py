@@ -21,11 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_transformed, refuse_unseen
 from psgrad.capture.captured_call import captured_call
+from psgrad.capture.computed import Carried, Computed, Operand
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.learning import Learning
 from psgrad.capture.mixed import Batch, refuse_mixed
 from psgrad.capture.owners import Owners
-from psgrad.capture.parametrized import Carried, Computed
+from psgrad.capture.parametrized import without_parametrizations
 from psgrad.capture.recorder import (
     Consumer,
     ForwardCall,
@@ -108,7 +109,7 @@ class Capture:
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = False  # all that batches tell
-        self._functions: dict[tuple[nn.Parameter, nn.Parameter | None], nn.Module] = {}
+        self._functions: dict[tuple[Any, ...], Computed] = {}  # layers that a call of the model made
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
@@ -195,6 +196,7 @@ class Capture:
         if frozen(self._module, self._trainable):
             return forward(*args, **kwargs)
         rows = first_rows(args, kwargs)
+        self._functions.clear()
         if torch.is_grad_enabled():
             self._refuse_mixing()
             self._check_trainable()
@@ -338,31 +340,38 @@ class Capture:
         error = partial(rule.input_error, layer.module)
         return region.layer(str(layer), lambda x, rows: self._run_rule(layer, rule, x, rest, rows), error, x)
 
-    def _run_function(self, rule: LayerRule, layer: nn.Module | None, *operands: Any) -> Tensor:
+    def _run_function(
+        self, rule: LayerRule, settings: nn.Module, weight: Operand, bias: Operand, x: Tensor
+    ) -> Tensor:
         """Run what a module computes by `torch.nn.functional` as a layer; see `Use`."""
-        weight, bias, x = operands
-        layer = self._functions.setdefault((weight, bias), nn.Module()) if layer is None else layer
-        layer.register_parameter("weight", weight)
-        layer.register_parameter("bias", bias)
-        path = next(self._owners[p] for p in (weight, bias) if p in self._owners)
-        owner = Layer(path, layer, rule)
+        computed = Computed.of(settings, weight=weight, bias=bias)
+        if computed.as_it_is:  # its calls add up
+            computed = self._functions.setdefault((settings, weight, bias), computed)
+        path = next(self._owners[p] for p in computed.parameters if p in self._owners)
+        layer = Layer(path, computed.layer, rule)
         region = self._own.region
         if region is None:
-            return self._run_rule(owner, rule, x, [], self._rows_per_sample)
-        return self._run_rule_in_region(region, owner, rule, x, [])
+            return self._run_rule(layer, rule, x, [], self._rows_per_sample, computed)
+        return self._run_rule_in_region(region, layer, rule, x, [])
 
     def _run_rule(
-        self, layer: Layer, rule: LayerRule, x: Tensor, rest: list[Any], rows_per_sample: int
+        self,
+        layer: Layer,
+        rule: LayerRule,
+        x: Tensor,
+        rest: list[Any],
+        rows_per_sample: int,
+        computed: Computed | None = None,
     ) -> Tensor:
         gate, this = self._gate, ForwardCall()
-        computed = Computed(layer.module) if is_parametrized(layer.module) else None
-        if computed is not None:
+        if is_parametrized(layer.module):
+            computed = without_parametrizations(layer.module)
             layer = Layer(layer.path, computed.layer, rule)
 
         def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
             call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
             use = LayerUse(layer.path, rule, call)
-            whole = use if computed is None else Carried(layer.path, computed, use)
+            whole = Carried(layer.path, computed, use) if computed and not computed.as_it_is else use
             self._recorder.record(whole, this, gate)
 
         return captured_call(record, layer, rule, rest, self.anchor, x)

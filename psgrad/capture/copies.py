@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.capture.computed import Operand
 from psgrad.layers import LayerRule
 
 __all__ = ["Record", "Use", "own_copies"]
 
 Record = Callable[[nn.Parameter, Tensor], None]
 """Takes a parameter's gradient `[N, *shape]`."""
-Use = Callable[[LayerRule, nn.Module | None, nn.Parameter, nn.Parameter | None, Tensor], Tensor]
-"""Computes and captures what a rule says of a layer, None for one without settings, with weight and bias."""
+Use = Callable[[LayerRule, nn.Module, Operand, Operand, Tensor], Tensor]
+"""Computes and captures what a rule says of a layer with these settings, weight and bias."""
 
 
 def own_copies(record: Record, p: nn.Parameter, samples: int, anchor: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ While its forward runs, a stand-in is in each parameter's place, and everything 
 one comes here. A class token that is expanded over the batch and put beside the batch's rows, a position
 embedding or layer scale that is broadcast over them, a linear map or an attention by function: in these,
 sample n's rows meet sample n's own copy of the parameter and no other. What is computed of parameters alone
-is computed of every sample's copies, under `torch.vmap`. Whatever else is done with a stand-in is an
-`UnknownUseError`, and the module runs one sample at a time instead (`psgrad.capture.region`).
+(`psgrad.capture.alone`) may be a layer's weight, as in weight standardisation, or meet the rows in the same
+ways. Whatever else is done with a stand-in is an `UnknownUseError`, and the module runs one sample at a time
+instead (`psgrad.capture.region`).
 
 What is known of a tensor is what layers with a rule take as known: that its axis 0 is the batch, because it
 has the batch's rows whatever their number. It also must come from the batch: an input, or what requires grad.
@@ -14,7 +15,6 @@ has the batch's rows whatever their number. It also must come from the batch: an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from psgrad.capture.alone import OfParameters
+from psgrad.capture.computed import Made, Operand
 from psgrad.capture.copies import Record, Use, own_copies
+from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
 from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.stand_in import (
     BROADCAST,
@@ -37,7 +40,6 @@ from psgrad.capture.stand_in import (
 from psgrad.capture.survey import Layer
 from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError
-from psgrad.layers import RULES, LayerRule
 
 __all__ = ["Direct", "UnknownUse", "UnknownUseError", "unknown_use"]
 
@@ -92,7 +94,7 @@ class Direct:
         self._anchor = anchor
         self._by_rule = by_rule
         self._stand_ins: dict[nn.Parameter, StandIn] = {}
-        self._copies: dict[Tensor, Tensor] = {}  # every sample's, `[N, *shape]`, of what is stood in for
+        self._of = OfParameters(self._own_copies)
         self._expanded: dict[Tensor, Tensor] = {}
         self._module: nn.Module | None = None
         self._inputs: list[Any] = []
@@ -149,9 +151,7 @@ class Direct:
 
     def computed(self, copies: Tensor, source: Layer | None) -> StandIn:
         """Stand in for a tensor of which every sample has a copy, `[N, *shape]`."""
-        value = copies.new_empty(()).expand(copies.shape[1:]).requires_grad_(copies.requires_grad)
-        self._copies[value] = copies
-        return StandIn.of(self, value, source=source)
+        return StandIn.of(self, self._of.of_copies(copies), source=source)
 
     def use(self, stand_in: StandIn, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what torch was called for with a stand-in.
@@ -166,11 +166,11 @@ class Direct:
         if self._over:
             self._refuse(f"{named(func)} got a parameter that a module had kept from its last forward")
         if self._is_of_parameters_alone(func, args, kwargs):
-            return self._of_copies(func, args, kwargs)
-        if func is F.linear:
-            return self._linear(*args, **kwargs)
-        if func is F.layer_norm:
-            return self._layer_norm(*args, **kwargs)
+            return self._of_parameters(func, args, kwargs)
+        if func in FUNCTIONS:
+            return self._layer(func, args, kwargs)
+        if func in FORMULAS:
+            return self._formula(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         if func in RECURRENT:
@@ -202,25 +202,29 @@ class Direct:
         own = (*self._module.buffers(), *self._module.parameters())
         return any(t is b or t._base is b for b in own)
 
-    def _of_copies(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute of every sample's copies what is asked for of parameters alone."""
+    def _of_parameters(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what is asked for of parameters alone."""
         if writes(func, kwargs):
             self._refuse(f"{named(func)} would write to a parameter")
         leaves, structure = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, StandIn)]
 
-        def one(*own: Tensor) -> Any:
+        def run(*values: Tensor) -> Any:
             filled = list(leaves)
-            for i, tensor in zip(places, own, strict=True):
-                filled[i] = tensor
+            for i, value in zip(places, values, strict=True):
+                filled[i] = value
             inner_args, inner_kwargs = tree_unflatten(filled, structure)
             return func(*inner_args, **inner_kwargs)
 
+        constants = [t for i, t in enumerate(leaves) if isinstance(t, Tensor) and i not in places]
         try:
-            copies = torch.vmap(one)(*(self._copies_of(leaves[i].value) for i in places))
-        except Exception as error:  # whatever vmap or the function may raise
+            found = self._of.run(run, [leaves[i].value for i in places], constants)
+        except Exception as error:  # whatever the function, or vmap, may raise
             self._refuse(f"{named(func)} of a parameter: {error}")
-        return tree_map(partial(self.computed, source=self._source), copies)
+        return tree_map(self._instead_of, found)
+
+    def _instead_of(self, value: Any) -> Any:
+        return StandIn.of(self, value, source=self._source) if isinstance(value, Tensor) else value
 
     def _refuse(self, reason: str) -> NoReturn:
         self._unknown = self._error(reason, self._source)
@@ -243,13 +247,15 @@ class Direct:
     def _tell_of(self, t: Tensor) -> None:
         self._tell(type(self._module).__name__, t)
 
+    def _own_copies(self, p: nn.Parameter) -> Tensor:
+        return own_copies(self._record, p, self._rows // self._rows_per_sample, self._anchor)
+
     def _copies_of(self, value: Tensor) -> Tensor:
         """Every sample's copy, `[N, *shape]`."""
-        if value not in self._copies:
-            assert isinstance(value, nn.Parameter)
-            samples = self._rows // self._rows_per_sample
-            self._copies[value] = own_copies(self._record, value, samples, self._anchor)
-        return self._copies[value]
+        try:
+            return self._of.copies(value)
+        except Exception as error:  # whatever vmap may raise
+            self._refuse(f"what is computed of parameters, for every sample: {error}")
 
     def _rows_of(self, value: Tensor) -> Tensor:
         """Every row's copy, `[(N K), *shape]`."""
@@ -300,30 +306,44 @@ class Direct:
             self._refuse(f"{named(func)} of a parameter, but not beside the batch's rows")
         return func([t.rows if isinstance(t, StandIn) else t for t in tensors], dim)
 
-    def _linear(self, x: Any, weight: Any, bias: Any = None) -> Tensor:
-        if not any(isinstance(t, StandIn) for t in (x, weight, bias)):  # frozen ones of a recurrent network
-            return F.linear(x, weight, bias)
-        return self._layer(RULES[nn.Linear], None, x, weight, bias)
+    def _formula(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        try:
+            return FORMULAS[func](*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            self._refuse(str(error))
 
-    def _layer_norm(
-        self, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-    ) -> Tensor:
-        layer = nn.LayerNorm(tuple(normalized_shape), eps, elementwise_affine=False)
-        return self._layer(RULES[nn.LayerNorm], layer, x, weight, bias)
+    def _linear(self, *operands: Any) -> Tensor:
+        if not any(isinstance(t, StandIn) for t in operands):  # frozen ones of a recurrent network
+            return F.linear(*operands)
+        return self._layer(F.linear, operands, {})
 
-    def _layer(self, rule: LayerRule, layer: nn.Module | None, x: Any, weight: Any, bias: Any) -> Tensor:
-        """Compute by a rule what a function computes of the batch and parameters as they are."""
-        weight, bias = (t.value if isinstance(t, StandIn) and t.rows is None else t for t in (weight, bias))
-        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
-            self._refuse("a function of a layer, with a weight or bias that is computed")
+    def _layer(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Compute by a rule what a function computes of the batch and what is the same for all samples."""
+        call = bound(func, args, kwargs)
+        if isinstance(call, str):
+            self._refuse(call)
+        weight, bias = self._operand(call.weight), self._operand(call.bias)
+        x = call.x
         if (
             isinstance(x, StandIn)
             or x.shape[:1] != (self._rows,)
-            or rule.input_error(layer or nn.Module(), x) is not None
+            or call.rule.input_error(call.settings, x) is not None
         ):
-            self._refuse("a function of a layer, of what is not known to be the batch")
+            self._refuse(f"{named(func)} of what is not known to be the batch")
         self._tell_of(x)
-        return self._by_rule(rule, layer, weight, bias, x)
+        return self._by_rule(call.rule, call.settings, weight, bias, x)
+
+    def _operand(self, t: Any) -> Operand:
+        """Return a function's weight or bias as a rule takes it."""
+        if isinstance(t, StandIn):
+            found = self._of.operand(t.value) if t.rows is None else None
+        elif isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and self._is_constant(t):
+            found = nn.Parameter(t.detach(), requires_grad=False)
+        else:
+            found = t
+        if isinstance(found, Made | nn.Parameter) or t is None:
+            return found
+        return self._refuse("a function of a layer, with a weight or bias that may not be the same for all")
 
     def _attention(
         self,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from psgrad.capture.functions import FORMULAS, FUNCTIONS
 from psgrad.capture.recurrent import RECURRENT
 
 __all__ = ["Intercept", "Intercepted"]
@@ -19,18 +20,8 @@ __all__ = ["Intercept", "Intercepted"]
 class Intercepted(Protocol):
     """Who computes what was found."""
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
-        """`F.linear`."""
-
-    def layer_norm(
-        self,
-        input: Tensor,  # noqa: A002  # torch's name
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """`F.layer_norm`."""
+    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """One of `psgrad.capture.functions.FUNCTIONS`."""
 
     def attention(
         self,
@@ -56,20 +47,24 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            return self._region.linear(*args, **kwargs)
-        if func is F.layer_norm:
-            return self._region.layer_norm(*args, **kwargs)
+        if func in FUNCTIONS:
+            return self._region.function(func, args, kwargs)
         if func is F.scaled_dot_product_attention:
             return self._region.attention(*args, **kwargs)
         if func in RECURRENT:
-            return RECURRENT[func](self._region.linear, *args, **kwargs)
+            return RECURRENT[func](self._linear, *args, **kwargs)
+        if func in FORMULAS:
+            with self:
+                return FORMULAS[func](*args, **kwargs)
         if func in FACTORIES:
             return self._region.own(func(*args, **kwargs))
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _linear(self, *args: Any) -> Tensor:
+        return self._region.function(F.linear, args, {})
 
 
 FACTORIES = frozenset(

@@ -25,12 +25,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record, Use, own_copies
+from psgrad.capture.functions import bound
 from psgrad.capture.intercept import Intercept
 from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
-from psgrad.layers import RULES, LayerRule
 
 __all__ = ["Region", "first_rows", "is_ragged"]
+
+LAST_AXIS = (F.linear, F.layer_norm)
+"""Functions whose bias is along the last axis of the result."""
 
 
 class Region:
@@ -221,32 +224,17 @@ class Region:
         samples = self.samples
         return self.outside(lambda: t.expand(samples, *t.shape).clone())
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
-        """Compute `F.linear`, by its rule where the weight is a parameter as it is."""
-        if id(weight) not in self._originals:
-            return F.linear(input, weight, bias)
-        return self._by_rule(RULES[nn.Linear], None, input, weight, bias)
-
-    def layer_norm(
-        self,
-        input: Tensor,  # noqa: A002  # torch's name
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Compute `F.layer_norm`, by its rule where the weight is a parameter as it is."""
-        if weight is None or id(weight) not in self._originals:
-            return F.layer_norm(input, normalized_shape, weight, bias, eps)
-        layer = nn.LayerNorm(tuple(normalized_shape), eps, elementwise_affine=False)
-        return self._by_rule(RULES[nn.LayerNorm], layer, input, weight, bias)
-
-    def _by_rule(
-        self, rule: LayerRule, layer: nn.Module | None, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        known_bias = self._originals.get(id(bias))
-        out = self._use(rule, layer, self._originals[id(weight)], known_bias, x)
-        return out if bias is None or known_bias is not None else out + bias
+    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """Compute one of `FUNCTIONS`, by its rule where the weight is a parameter as it is."""
+        call = bound(func, args, kwargs)
+        if isinstance(call, str) or id(call.weight) not in self._originals:
+            return func(*args, **kwargs)
+        bias = self._originals.get(id(call.bias))
+        added = call.bias is not None and bias is None  # which is computed
+        if added and func not in LAST_AXIS:
+            return func(*args, **kwargs)
+        out = self._use(call.rule, call.settings, self._originals[id(call.weight)], bias, call.x)
+        return out + call.bias if added else out
 
     def attention(
         self,

@@ -97,7 +97,7 @@ class UsesChildsWeights(nn.Module):
         bias[1] = 0
         x = torch.tanh(F.linear(x, self.a.weight, self.a.bias)) * self.scale
         x = torch.tanh(F.linear(x, self.b.weight, bias))
-        return self.c(x @ self.c.weight).mean(1)
+        return self.c(torch.tensordot(x, self.c.weight, 1)).mean(1)
 
 
 class NormalisesByFunction(nn.Module):
@@ -108,8 +108,10 @@ class NormalisesByFunction(nn.Module):
         self.norm = LayerNorm2d(3)
         self.weight = nn.Parameter(torch.randn(3))
         self.bias = nn.Parameter(torch.randn(3))
+        self.turn = nn.Parameter(torch.randn(3, 3))
 
     def forward(self, x):
+        x = torch.tensordot(x, self.turn, 1)
         x = torch.tanh(self.norm(x.mT.unsqueeze(3)).squeeze(3).mT)
         x = x + F.layer_norm(x, [3], self.weight, self.bias.sin(), 0.1)
         return F.layer_norm(x.cos(), (3,), self.weight.sin(), self.bias)
@@ -142,7 +144,7 @@ class TiedByFunction(nn.Module):
 
     def forward(self, x):
         x = torch.tanh(self.inner["mid"](torch.tanh(self.inner["embed"](x))))
-        return x @ self.inner["embed"].weight
+        return torch.tensordot(x, self.inner["embed"].weight, 1)
 
 
 class TableByMethod(nn.Module):
@@ -217,7 +219,7 @@ class TimeFirst(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 3))
 
     def forward(self, x):
-        return (x @ self.weight).tanh().transpose(0, 1)
+        return torch.tensordot(x, self.weight, 1).tanh().transpose(0, 1)
 
 
 class MeanOverTimeFirst(nn.Module):

@@ -161,7 +161,7 @@ def test_a_module_that_mixes_inside_of_another_and_beside_it():
 def test_rows_of_one_sample_may_meet_in_a_module_with_its_own_parameters():
     def pairs(self, h):
         means = h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0)
-        return h @ self.square - means
+        return torch.tensordot(h, self.square, 1) - means
 
     model = Own(pairs).double()
     x = torch.randn(6, 6).double()
@@ -199,10 +199,15 @@ class Projects(nn.Module):
         self.weight = nn.Parameter(torch.eye(3))
 
     def forward(self, h):
+        return torch.tensordot(h, self.weight, 1)
+
+
+class Multiplies(Projects):
+    def forward(self, h):
         return h @ self.weight
 
 
-@pytest.mark.parametrize("within", [lambda: nn.Linear(3, 3), Scales, Projects])
+@pytest.mark.parametrize("within", [lambda: nn.Linear(3, 3), Scales, Projects, Multiplies])
 @pytest.mark.parametrize(
     "first", [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1], [1, 2], [2, 1]]
 )

@@ -206,7 +206,7 @@ def test_a_checkpoint_inside_of_a_region_is_told_where_to_go():
             self.square, self.linear = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
 
         def forward(self, x):
-            return checkpoint(self.linear, x @ self.square, use_reentrant=False)
+            return checkpoint(self.linear, torch.tensordot(x, self.square, 1), use_reentrant=False)
 
     model = nn.Sequential(Checkpointed())
     with PerSampleGrads(model), pytest.raises(CaptureError, match=r"one of '0'.*around that module"):

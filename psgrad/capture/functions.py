@@ -1,0 +1,258 @@
+"""Functions of a batch and a weight, such as `F.conv2d`, as layers with a rule that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psgrad.layers import RULES, LayerRule
+from psgrad.layers.linear import TransposedLinear
+
+__all__ = ["FORMULAS", "FUNCTIONS", "FunctionCall", "bound", "layer_like"]
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a function, its arguments by what they are to a layer.
+
+    Attributes
+    ----------
+    rule
+        Of the layer.
+    settings
+        A layer without values.
+    x, weight, bias
+        What it was called with.
+
+    """
+
+    rule: LayerRule
+    settings: nn.Module
+    x: Any
+    weight: Any
+    bias: Any
+
+
+def bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> FunctionCall | str:
+    """Return the call of one of `FUNCTIONS`, or why no layer computes the same."""
+    try:
+        named = {"x" if name == "input" else name: value for name, value in kwargs.items()}
+        call: FunctionCall = FUNCTIONS[func](*args, **named)
+    except (TypeError, ValueError, RuntimeError) as error:  # of arguments that no such layer takes
+        return str(error)
+    return call.rule.refusal(call.settings) or call
+
+
+def layer_like(settings: nn.Module, **parameters: nn.Parameter | None) -> nn.Module:
+    """Return a layer of these settings and parameters."""
+    layer = settings.__new__(type(settings))
+    layer.__dict__.update(settings.__dict__)
+    layer.__dict__["_parameters"] = parameters
+    return layer
+
+
+class _WithoutValues:
+    """Layers that only tell settings draw none."""
+
+    def reset_parameters(self) -> None:
+        """Leave them."""
+
+
+@lru_cache(maxsize=4096)
+def _settings(kind: Any, *args: Any, **options: Any) -> nn.Module:
+    return type(kind.__name__, (_WithoutValues, kind), {})(*args, **options)
+
+
+def _several(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> FunctionCall:
+    return FunctionCall(RULES[nn.Linear], _settings(nn.Module), x, weight, bias)
+
+
+def _matmul(x: Any, weight: Any) -> FunctionCall:
+    if weight.ndim != 2:
+        raise ValueError(f"a product with a weight of {weight.ndim} axes")
+    return FunctionCall(_TRANSPOSED, _settings(nn.Module), x, weight, None)
+
+
+_TRANSPOSED = TransposedLinear()
+
+
+def _conv(
+    kind: Any,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> FunctionCall:
+    outputs, each, *kernel = weight.shape
+    options = (_several(stride), _several(padding), _several(dilation))
+    layer = _settings(kind, each * groups, outputs, tuple(kernel), *options, groups, device="meta")
+    return FunctionCall(RULES[kind], layer, x, weight, bias)
+
+
+def _conv_transpose(
+    kind: Any,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> FunctionCall:
+    inputs, each, *kernel = weight.shape
+    options = (_several(stride), _several(padding), _several(output_padding))
+    layer = _settings(
+        kind,
+        *(inputs, each * groups, tuple(kernel), *options, groups),
+        dilation=_several(dilation),
+        device="meta",
+    )
+    return FunctionCall(RULES[kind], layer, x, weight, bias)
+
+
+def _layer_norm(
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> FunctionCall:
+    layer = _settings(nn.LayerNorm, tuple(normalized_shape), eps, elementwise_affine=False)
+    return FunctionCall(RULES[nn.LayerNorm], layer, x, weight, bias)
+
+
+def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> FunctionCall:
+    layer = _settings(nn.RMSNorm, tuple(normalized_shape), eps, elementwise_affine=False)
+    return FunctionCall(RULES[nn.RMSNorm], layer, x, weight, None)
+
+
+def _group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> FunctionCall:
+    layer = _settings(nn.GroupNorm, num_groups, x.shape[1], eps, affine=False)
+    return FunctionCall(RULES[nn.GroupNorm], layer, x, weight, bias)
+
+
+def _batch_norm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> FunctionCall:
+    if training or running_mean is None or running_var is None:
+        raise ValueError("batch_norm normalises each sample with the statistics of the whole batch")
+    layer = layer_like(_settings(nn.BatchNorm1d, x.shape[1], eps, affine=False, track_running_stats=False))
+    layer._buffers = {"running_mean": running_mean, "running_var": running_var}
+    return FunctionCall(RULES[nn.BatchNorm1d], layer, x, weight, bias)
+
+
+def _embedding(
+    x: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> FunctionCall:
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    layer = _settings(nn.Embedding, *weight.shape, *options, device="meta")
+    return FunctionCall(RULES[nn.Embedding], layer, x, weight, None)
+
+
+FUNCTIONS: dict[Any, Callable[..., FunctionCall]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.conv1d: partial(_conv, nn.Conv1d),
+    F.conv2d: partial(_conv, nn.Conv2d),
+    F.conv3d: partial(_conv, nn.Conv3d),
+    F.conv_transpose1d: partial(_conv_transpose, nn.ConvTranspose1d),
+    F.conv_transpose2d: partial(_conv_transpose, nn.ConvTranspose2d),
+    F.conv_transpose3d: partial(_conv_transpose, nn.ConvTranspose3d),
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.embedding: _embedding,
+}
+"""By torch's function: takes its arguments. Another one is a line here, if its layer has a rule."""
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """..I, ..J, O I J -> ..O."""
+    pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    return F.linear(pairs.flatten(-2), weight.flatten(1), bias)
+
+
+def _embedding_bag(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """..T -> ..D, a bag in each row.
+
+    Raises
+    ------
+    ValueError
+        If it is given offsets.
+
+    """
+    if offsets is not None or x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "embedding_bag with offsets, whose rows are words and not samples: give it a bag in each row,"
+            " filled up with padding_idx"
+        )
+    looked_up = F.embedding(x, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if padding_idx is None:
+        counted = torch.ones_like(x, dtype=torch.bool)
+    else:
+        counted = x != (padding_idx % weight.shape[0])
+    counted = counted.unsqueeze(-1)
+    if mode == "max":
+        largest = looked_up.masked_fill(~counted, -torch.inf).max(-2).values
+        return largest.masked_fill(~counted.any(-2), 0)
+    if per_sample_weights is not None:
+        looked_up = looked_up * per_sample_weights.unsqueeze(-1)
+    total = looked_up.masked_fill(~counted, 0).sum(-2)
+    return total if mode == "sum" else total / counted.sum(-2).clamp(min=1)
+
+
+FORMULAS: dict[Any, Callable[..., Tensor]] = {F.bilinear: _bilinear, F.embedding_bag: _embedding_bag}
+"""By torch's function: the same in terms of `FUNCTIONS`."""

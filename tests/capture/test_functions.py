@@ -1,0 +1,428 @@
+"""Layers by function, with weights as they are or computed: `F.conv2d(x, standardised(self.weight))`."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from psgrad import PerSampleGrads, clip_per_sample
+from psgrad.capture.functions import FORMULAS, FUNCTIONS
+from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
+
+
+def shapes(*weight, bias=None):
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": (bias,)}
+
+
+class ByFunction(nn.Module):
+    """Runs `use(self, h)` with parameters of these shapes."""
+
+    def __init__(self, use, parameters):
+        super().__init__()
+        self.use = use
+        for name, shape in parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("variance", torch.rand(4) + 0.5)
+        self.register_buffer("mask", torch.rand(6, 4, 3, 3).round())
+
+    def forward(self, h):
+        return self.use(self, h)
+
+
+def standardised(weight):
+    centred = weight - weight.mean((1, 2, 3), keepdim=True)
+    return centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
+
+
+SEQUENCE, IMAGES, VOLUMES = (4, 7), (4, 6, 5), (4, 3, 4, 3)
+WEIGHTS = shapes(6, 4, 3, 3, bias=6)
+AS_THEY_ARE = {
+    "linear": (F.linear, (5, 4), lambda self, h: F.linear(h, self.weight, self.bias), shapes(3, 4, bias=3)),
+    "linear, of vectors": (F.linear, (4,), lambda self, h: F.linear(h, self.weight), shapes(3, 4)),
+    "a product": (torch.matmul, (5, 4), lambda self, h: torch.matmul(h, self.weight), shapes(4, 3)),
+    "a product, by method": (Tensor.matmul, (4,), lambda self, h: h.matmul(self.weight), shapes(4, 3)),
+    "a product, by operator": (
+        Tensor.__matmul__,
+        (5, 4),
+        lambda self, h: h @ self.weight @ self.weight.T,
+        shapes(4, 4),
+    ),
+    "conv1d": (F.conv1d, SEQUENCE, lambda self, h: F.conv1d(h, self.weight, padding=2), shapes(6, 4, 3)),
+    "conv2d": (
+        F.conv2d,
+        IMAGES,
+        lambda self, h: F.conv2d(h, self.weight, self.bias, [2, 1], "valid", (1, 2)),
+        WEIGHTS,
+    ),
+    "conv2d, same": (
+        F.conv2d,
+        IMAGES,
+        lambda self, h: F.conv2d(h, self.weight, padding="same"),
+        shapes(6, 4, 2, 3),
+    ),
+    "conv2d, named": (
+        F.conv2d,
+        IMAGES,
+        lambda self, h: torch.conv2d(input=F.pad(h, (1, 0)), bias=self.bias, weight=self.weight, groups=2),
+        shapes(6, 2, 3, 3, bias=6),
+    ),
+    "conv3d": (F.conv3d, VOLUMES, lambda self, h: F.conv3d(h, self.weight, stride=2), shapes(2, 4, 2, 2, 1)),
+    "conv_transpose1d": (
+        F.conv_transpose1d,
+        SEQUENCE,
+        lambda self, h: F.conv_transpose1d(h, self.weight, self.bias, 2, 1, 1, 2),
+        shapes(4, 3, 3, bias=6),
+    ),
+    "conv_transpose2d": (
+        F.conv_transpose2d,
+        IMAGES,
+        lambda self, h: F.conv_transpose2d(h, self.weight, dilation=2, stride=[3, 2], output_padding=(2, 1)),
+        shapes(4, 2, 3, 2),
+    ),
+    "conv_transpose3d": (
+        F.conv_transpose3d,
+        VOLUMES,
+        lambda self, h: F.conv_transpose3d(h, self.weight, padding=1),
+        shapes(4, 2, 3, 3, 2),
+    ),
+    "layer_norm": (
+        F.layer_norm,
+        (5, 4),
+        lambda self, h: F.layer_norm(h, [4], self.weight, self.bias, 1e-3),
+        shapes(4, bias=4),
+    ),
+    "torch.layer_norm": (
+        torch.layer_norm,
+        (5, 4),
+        lambda self, h: torch.layer_norm(h, (4,), self.weight),
+        shapes(4),
+    ),
+    "rms_norm": (F.rms_norm, (5, 4), lambda self, h: F.rms_norm(h, (4,), self.weight, 1e-3), shapes(4)),
+    "torch.rms_norm": (
+        torch.rms_norm,
+        (5, 4),
+        lambda self, h: torch.rms_norm(h, (4,), self.weight),
+        shapes(4),
+    ),
+    "group_norm": (
+        F.group_norm,
+        IMAGES,
+        lambda self, h: F.group_norm(h, 2, self.weight, self.bias),
+        shapes(4, bias=4),
+    ),
+    "torch.group_norm": (
+        torch.group_norm,
+        IMAGES,
+        lambda self, h: torch.group_norm(h, 2, self.weight, None, 1e-3),
+        shapes(4),
+    ),
+    "batch_norm, its statistics given": (
+        F.batch_norm,
+        IMAGES,
+        lambda self, h: F.batch_norm(h, self.mean, self.variance, self.weight, self.bias, False),
+        shapes(4, bias=4),
+    ),
+    "embedding": (
+        F.embedding,
+        (4,),
+        lambda self, h: F.embedding(h.argsort(-1), self.weight, 2) * h.mean(1)[:, None, None],
+        shapes(4, 3),
+    ),
+}
+FROM_OTHERS = {
+    "bilinear": (
+        F.bilinear,
+        (4,),
+        lambda self, h: F.bilinear(h, h[:, :3].sin(), self.weight, self.bias),
+        shapes(2, 4, 3, bias=2),
+    ),
+    "embedding_bag": (
+        F.embedding_bag,
+        (4,),
+        lambda self, h: F.embedding_bag(
+            h.argsort(-1), self.weight, mode="sum", per_sample_weights=h.sigmoid()
+        ),
+        shapes(5, 3),
+    ),
+    "embedding_bag, mean": (
+        F.embedding_bag,
+        (4,),
+        lambda self, h: F.embedding_bag(h.argsort(-1)[:, 1:], self.weight, padding_idx=-5) * h[:, :1],
+        shapes(5, 3),
+    ),
+    "embedding_bag, max": (
+        F.embedding_bag,
+        (4,),
+        lambda self, h: (
+            F.embedding_bag(h.argsort(-1)[:, :2], self.weight, mode="max", padding_idx=1) * h[:, :1]
+        ),
+        shapes(5, 3),
+    ),
+}
+COMPUTED = {
+    "standardised": (IMAGES, lambda self, h: F.conv2d(h, standardised(self.weight), self.bias), WEIGHTS),
+    "standardised as timm does": (
+        IMAGES,
+        lambda self, h: F.conv2d(
+            h,
+            F.batch_norm(self.weight.view(1, 6, -1), None, None, (self.bias * 0.3).view(-1), training=True)
+            .reshape_as(self.weight)
+            .contiguous(),
+        ),
+        WEIGHTS,
+    ),
+    "masked": (IMAGES, lambda self, h: F.conv2d(h, self.weight * self.mask, self.bias.exp()), WEIGHTS),
+    "equalised": (IMAGES, lambda self, h: F.conv_transpose2d(h, (self.weight * 0.2).mT), shapes(4, 2, 3, 2)),
+    "low rank": (
+        (5, 4),
+        lambda self, h: F.linear(h, self.weight @ self.weight.T + self.bias.diag()),
+        shapes(4, 2, bias=4),
+    ),
+    "one plus": (
+        (5, 4),
+        lambda self, h: F.layer_norm(h, (4,), 1 + self.weight, self.weight),
+        shapes(4),
+    ),
+    "parts of one": (
+        (5, 4),
+        lambda self, h: F.linear(h, self.weight[:, :4], self.weight.split([4, 1], 1)[1].squeeze(1)),
+        shapes(3, 5),
+    ),
+    "twice": (
+        IMAGES,
+        lambda self, h: (
+            F.conv2d(h, self.weight.tanh(), padding=1)
+            + F.conv2d(h.sin(), self.weight.tanh(), self.bias, padding=1)
+        ),
+        WEIGHTS,
+    ),
+    "with its norm as a number": (
+        IMAGES,
+        lambda self, h: F.conv2d(h, self.weight / self.weight.detach().norm().item(), self.bias),
+        WEIGHTS,
+    ),
+    "a detached part": (
+        IMAGES,
+        lambda self, h: F.conv2d(h, self.weight.detach() + self.bias.view(-1, 1, 1, 1)) * self.weight.mean(),
+        WEIGHTS,
+    ),
+    "constant, with a bias": (IMAGES, lambda self, h: F.conv2d(h, self.mask, self.bias), {"bias": (6,)}),
+    "a weight, and by samples": (
+        (5, 4),
+        lambda self, h: F.linear(h, self.weight.exp()) * self.weight.exp()[:, 0],
+        shapes(4, 4),
+    ),
+}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    shape, use, parameters = {**CASES, **COMPUTED}[name]
+    first = nn.Linear(4, 4) if shape[-1] == 4 else nn.Identity()
+    model = nn.Sequential(first, nn.Tanh(), ByFunction(use, parameters)).double()
+    return model, lambda n: torch.randn(n, *shape, dtype=torch.double)
+
+
+CASES = {name: case[1:] for name, case in {**AS_THEY_ARE, **FROM_OTHERS}.items()}
+ALL = [*CASES, *COMPUTED]
+
+
+def test_every_function_has_a_case():
+    assert {case[0] for case in AS_THEY_ARE.values()} == set(FUNCTIONS)
+    assert {case[0] for case in FROM_OTHERS.values()} == set(FORMULAS)
+
+
+# of as many rows, or samples, as there are channels too
+@pytest.mark.parametrize(("rows", "rows_per_sample"), [(4, 1), (5, 1), (8, 2)])
+@pytest.mark.parametrize("name", ALL)
+def test_exact_and_as_a_whole(name, rows, rows_per_sample):
+    model, batch = model_of(name)
+    x = batch(rows)
+    expected = model(x)
+    with PerSampleGrads(model, rows_per_sample=rows_per_sample) as handle:
+        torch.testing.assert_close(model(x), expected)
+        assert handle.regions == ()
+    assert assert_clipped(model, x, clip_per_sample, rows_per_sample) == ()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_written_out_and_an_empty_batch(name):
+    model, batch = model_of(name)
+    x = batch(3)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model, "sum"):
+        (squared_loss(model, x) * 3).backward()
+        for path, grads in expected.items():
+            torch.testing.assert_close(model.get_parameter(path).grad_sample, grads)
+        model.zero_grad()
+        model(batch(0)).sum().backward()
+        assert {p.grad_sample.shape[0] for p in model.parameters()} == {0}
+
+
+class OneByOne(nn.Module):
+    """Adds a parameter along the batch, so that it runs one sample at a time with all that is inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.table = nn.Parameter(torch.randn(2, 2).double())
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out + torch.tensordot(out.flatten(1)[:, :2], self.table, 1).mean(1).reshape(
+            -1, *(1,) * (out.ndim - 1)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ALL)
+def test_inside_of_what_runs_one_sample_at_a_time(name):
+    model, batch = model_of(name)
+    if name == "with its norm as a number":
+        pytest.skip("vmap has no number for every sample")
+    assert assert_clipped(OneByOne(model), batch(3), clip_per_sample) == ("",)
+
+
+def test_noise_in_the_weights_is_the_batchs():
+    """As without psgrad: drawn once, so that the samples' gradients add up to the ordinary one."""
+    torch.manual_seed(0)
+
+    def noisy(self, h):
+        return F.conv2d(h, self.weight + self.bias.exp().view(-1, 1, 1, 1) * torch.randn_like(self.weight))
+
+    model = ByFunction(noisy, WEIGHTS).double()
+    plain, x = copy.deepcopy(model), torch.randn(3, *IMAGES).double()
+    with PerSampleGrads(model) as handle:
+        squared_loss(model, x).backward()  # the trials of the first batch draw as well
+        model.zero_grad()
+        torch.manual_seed(1)
+        squared_loss(model, x).backward()
+        assert handle.regions == ()
+    torch.manual_seed(1)
+    squared_loss(plain, x).backward()
+    for p, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad)
+        torch.testing.assert_close(p.grad_sample.mean(0), other.grad)
+
+
+def test_frozen_parts():
+    model, batch = model_of("standardised as timm does")
+    model[2].weight.requires_grad_(False)
+    assert assert_clipped(model, batch(3), clip_per_sample) == ()
+
+
+@pytest.mark.parametrize("how", ["function", "parametrized"])
+def test_in_a_checkpoint_nothing_is_run_more_often(how):
+    calls = []
+
+    def weight_of(weight):
+        calls.append(1)
+        return standardised(weight)
+
+    class Weight(nn.Module):
+        def forward(self, weight):
+            return weight_of(weight)
+
+    def use(self, h):
+        return F.conv2d(h, weight_of(self.weight), self.bias)
+
+    torch.manual_seed(0)
+    conv = ByFunction(use, WEIGHTS)
+    if how == "parametrized":
+        conv = nn.Conv2d(4, 6, 3)
+        nn.utils.parametrize.register_parametrization(conv, "weight", Weight())
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), conv, nn.Tanh())
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model, x = Outer().double(), torch.randn(3, *IMAGES).double()
+    assert assert_clipped(model, x, clip_per_sample) == ()
+    with clip_per_sample(model, 1.0):
+        squared_loss(model, x).backward()
+        calls.clear()
+        squared_loss(model, x).backward()
+    assert len(calls) == 2  # forward, and again in backward
+
+
+def test_a_step_between_forward_and_backward_is_no_silent_error():
+    model, batch = model_of("low rank")
+    with PerSampleGrads(model):
+        loss = squared_loss(model, batch(3))
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+            loss.backward()
+
+
+def test_a_constant_that_is_written_to_before_the_samples_meet_it():
+    def use(self, h):
+        scale = self.weight * self.mean
+        self.mean.mul_(2)
+        out = h * scale
+        self.mean.div_(2)
+        return out
+
+    model, x = ByFunction(use, shapes(4)).double(), torch.randn(3, 4).double()
+    expected = model(x)
+    with PerSampleGrads(model) as handle:
+        torch.testing.assert_close(model(x), expected)
+        assert handle.regions == ("",)
+
+
+def test_a_memory_budget_runs_backward_twice_through_computed_weights():
+    model, batch = model_of("standardised")
+    x = batch(16)
+    assert assert_clipped(model, x, clip_per_sample, memory_budget=2**13) == ()
+
+
+def test_half_precision():
+    model, batch = model_of("standardised")
+    model, x = model.float(), batch(3).float()
+    with PerSampleGrads(model), torch.autocast("cpu", torch.bfloat16):
+        squared_loss(model, x).backward()
+    weight = model[2].weight
+    assert weight.grad_sample.dtype == weight.dtype == torch.float32
+    torch.testing.assert_close(weight.grad_sample.mean(0), weight.grad)
+    expected = grads_one_by_one(model, squared_loss, [x])["2.weight"]
+    torch.testing.assert_close(weight.grad_sample, expected, rtol=0.1, atol=0.05)
+
+
+class Standardised(nn.Conv2d):
+    """A layer of one's own, derived from torch's, as weight standardisation is mostly written."""
+
+    def forward(self, x):
+        return self._conv_forward(x, standardised(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_subclasses_with_a_forward_of_their_own(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Standardised(4, 6, 3, padding=1, padding_mode=mode),
+        nn.GroupNorm(2, 6),
+        nn.ReLU(),
+        Standardised(6, 3, 3),
+    )
+    assert assert_clipped(model.double(), torch.randn(3, *IMAGES).double(), clip_per_sample) == ()
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (nn.EmbeddingBag(9, 3), lambda: torch.randint(9, (4, 5))),
+        (nn.EmbeddingBag(9, 3, mode="max", padding_idx=0), lambda: torch.randint(9, (4, 5))),
+    ],
+)
+def test_bags_of_words(layer, inputs):
+    x = inputs()
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 2)).double()
+    assert assert_clipped(model, x, clip_per_sample) == ()
