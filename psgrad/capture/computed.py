@@ -20,6 +20,9 @@ from psgrad.layers.base import squared_norms
 
 __all__ = ["Carried", "Computed", "Made", "Operand", "saved_as_they_are"]
 
+CHUNK_BYTES = 16 * 2**20
+"""Of gradients that are made to be carried over and squared, if one sample's are not more."""
+
 
 def saved_as_they_are() -> AbstractContextManager[None]:
     """Keep what is computed inside for its backward, also in a checkpoint, which would compute it again."""
@@ -151,8 +154,16 @@ class Carried(Contribution):
         return {p: p.new_zeros(0, *p.shape) for p in self.parameters}
 
     def sq_norms(self) -> PerParameter:
-        """See `Contribution.sq_norms`."""
-        return {p: squared_norms(grad) for p, grad in self.grads().items()}
+        """See `Contribution.sq_norms`; gradients are made of a few samples at a time."""
+        size = sum(p.nbytes for p in self.use.parameters)
+        step = max(1, CHUNK_BYTES // max(1, size))
+        if step >= self.samples:
+            return {p: squared_norms(grad) for p, grad in self.grads().items()}
+        parts = [
+            Carried(self.path, self.computed, self.use.of_samples(slice(start, start + step))).sq_norms()
+            for start in range(0, self.samples, step)
+        ]
+        return {p: torch.cat([part[p] for part in parts]) for p in self.parameters}
 
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""

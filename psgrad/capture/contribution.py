@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -151,6 +151,15 @@ class LayerUse(Contribution):
         if not self.rule.keeps_grads(self.call):
             return self
         return KeptGrads(self.path, self._by_parameter(self.rule.kept_grads(self.call)), self.samples)
+
+    def of_samples(self, samples: slice) -> LayerUse:
+        """Return the use by some consecutive samples alone."""
+        k = self.call.rows_per_sample
+        rows = slice(samples.start * k, samples.stop * k)
+        saved = tuple(t[rows] for t in self.call.saved)
+        return LayerUse(
+            self.path, self.rule, replace(self.call, x=self.call.x[rows], g=self.call.g[rows], saved=saved)
+        )
 
     def _by_parameter(self, named: dict[str, Tensor]) -> PerParameter:
         return {p: named[name] for name, p in zip(self.call.wanted, self.parameters, strict=True)}

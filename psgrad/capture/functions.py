@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from psgrad.layers import RULES, LayerRule
 from psgrad.layers.linear import TransposedLinear
 
-__all__ = ["FORMULAS", "FUNCTIONS", "FunctionCall", "bound", "layer_like"]
+__all__ = ["BY_OFFSETS", "FORMULAS", "FUNCTIONS", "FunctionCall", "bound", "layer_like"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,12 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
     return F.linear(pairs.flatten(-2), weight.flatten(1), bias)
 
 
+BY_OFFSETS = (
+    "got offsets, and so rows that are words and not samples: give it a bag in each row, filled up with its "
+    "padding_idx"
+)
+
+
 def _embedding_bag(
     x: Tensor,
     weight: Tensor,
@@ -235,10 +241,7 @@ def _embedding_bag(
 
     """
     if offsets is not None or x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            "embedding_bag with offsets, whose rows are words and not samples: give it a bag in each row,"
-            " filled up with padding_idx"
-        )
+        raise ValueError(f"embedding_bag {BY_OFFSETS}")
     looked_up = F.embedding(x, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
     if padding_idx is None:
         counted = torch.ones_like(x, dtype=torch.bool)
@@ -254,5 +257,15 @@ def _embedding_bag(
     return total if mode == "sum" else total / counted.sum(-2).clamp(min=1)
 
 
-FORMULAS: dict[Any, Callable[..., Tensor]] = {F.bilinear: _bilinear, F.embedding_bag: _embedding_bag}
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """N C.., C -> N C..: another slope below 0 in each channel, or one in all."""
+    slope = weight if weight.numel() == 1 else weight.reshape(-1, *(1,) * (x.ndim - 2))
+    return torch.where(x > 0, x, slope * x)
+
+
+FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    F.bilinear: _bilinear,
+    F.embedding_bag: _embedding_bag,
+    F.prelu: _prelu,
+}
 """By torch's function: the same in terms of `FUNCTIONS`."""

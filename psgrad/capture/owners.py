@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from psgrad.capture.copies import Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
+from psgrad.capture.functions import BY_OFFSETS
 from psgrad.capture.learning import Learning, Run
 from psgrad.capture.once import refused
 from psgrad.capture.recurrent import PACKED, run_packed
@@ -146,6 +147,8 @@ class Owners:
         """
         if self.region is not None:
             return forward(*args, **kwargs)
+        if isinstance(layer.module, nn.EmbeddingBag) and any(t.ndim == 1 for _, t in _tensors(args, kwargs)):
+            raise RefusedModelError(f"{layer} {BY_OFFSETS}")
         rows = root_rows if root_rows is not None else first_rows(args, kwargs)
         if rows is None or rows % self._rows_per_sample:
             seen = "no input is a batch" if rows is None else f"{rows} rows"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from psgrad import PerSampleGrads, clip_per_sample
+from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
+from psgrad.capture import LayerUse, computed
 from psgrad.capture.functions import FORMULAS, FUNCTIONS
 from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
@@ -36,6 +37,11 @@ class ByFunction(nn.Module):
 def standardised(weight):
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     return centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
+
+
+@torch.no_grad()
+def unrecorded(weight):
+    return weight.abs().mean((1, 2, 3)).view(-1, 1, 1)
 
 
 SEQUENCE, IMAGES, VOLUMES = (4, 7), (4, 6, 5), (4, 3, 4, 3)
@@ -140,6 +146,8 @@ FROM_OTHERS = {
         lambda self, h: F.bilinear(h, h[:, :3].sin(), self.weight, self.bias),
         shapes(2, 4, 3, bias=2),
     ),
+    "prelu": (F.prelu, IMAGES, lambda self, h: F.prelu(h, self.weight), shapes(4)),
+    "prelu, one slope": (F.prelu, (4,), lambda self, h: F.prelu(h, self.weight) + h, shapes(1)),
     "embedding_bag": (
         F.embedding_bag,
         (4,),
@@ -211,6 +219,17 @@ COMPUTED = {
         WEIGHTS,
     ),
     "constant, with a bias": (IMAGES, lambda self, h: F.conv2d(h, self.mask, self.bias), {"bias": (6,)}),
+    "of a norm": (
+        IMAGES,
+        lambda self, h: F.group_norm(h, 2, 1 + self.weight, self.bias),
+        shapes(4, bias=4),
+    ),
+    "a bias": (IMAGES, lambda self, h: F.conv2d(h, self.weight, self.bias.exp()), WEIGHTS),
+    "unrecorded": (
+        IMAGES,
+        lambda self, h: F.conv2d(h, self.weight, self.bias) * unrecorded(self.weight),
+        WEIGHTS,
+    ),
     "a weight, and by samples": (
         (5, 4),
         lambda self, h: F.linear(h, self.weight.exp()) * self.weight.exp()[:, 0],
@@ -285,6 +304,50 @@ def test_inside_of_what_runs_one_sample_at_a_time(name):
     if name == "with its norm as a number":
         pytest.skip("vmap has no number for every sample")
     assert assert_clipped(OneByOne(model), batch(3), clip_per_sample) == ("",)
+
+
+@pytest.mark.parametrize("rows_per_sample", [1, 3])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_norms_of_a_few_samples_at_a_time(name, rows_per_sample, monkeypatch):
+    monkeypatch.setattr(computed, "CHUNK_BYTES", 1)
+    for kind in (LayerUse, computed.Carried):  # nothing is written out
+        monkeypatch.setattr(kind, "kept", lambda self: self)
+    model, batch = model_of(name)
+    assert assert_clipped(model, batch(9), clip_per_sample, rows_per_sample) == ()
+
+
+def test_a_weight_that_is_only_cast_is_as_it_is():
+    model = ByFunction(
+        lambda self, h: F.linear(h, self.weight.to(h.dtype).contiguous()), shapes(3, 4)
+    ).double()
+    with PerSampleGrads(model) as handle:
+        kinds, add = [], handle.add
+        handle.add = lambda c: (kinds.append(type(c)), add(c))
+        squared_loss(model, torch.randn(3, 4).double()).backward()
+        assert handle.regions == ()
+    assert kinds == [LayerUse]
+
+
+MIXED = {
+    "batch norm": lambda self, h: F.batch_norm(h, self.mean, self.variance, self.weight, self.bias, True),
+    "a weight that is a sample": lambda self, h: F.linear(h, h[0, :, 0], self.bias),
+    "a bias that is a sample": lambda self, h: F.linear(h, self.weight.diag(), h.detach()[0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_samples_is_refused(name):
+    model = ByFunction(MIXED[name], shapes(4, bias=4)).double()
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=r"mixes|vmap"):
+        model(torch.randn(3, 4, 4, 4).double())
+
+
+def test_an_embedding_that_counts_words_over_the_batch_runs_one_sample_at_a_time():
+    def counted(self, h):
+        return F.embedding(h.argsort(-1) % 2, self.weight, scale_grad_by_freq=True) * h.mean(1)[:, None, None]
+
+    model = ByFunction(counted, shapes(4, 3)).double()
+    assert assert_clipped(model, torch.randn(3, 4).double(), clip_per_sample) == ("",)
 
 
 def test_noise_in_the_weights_is_the_batchs():
@@ -415,14 +478,37 @@ def test_subclasses_with_a_forward_of_their_own(mode):
     assert assert_clipped(model.double(), torch.randn(3, *IMAGES).double(), clip_per_sample) == ()
 
 
-@pytest.mark.parametrize(
-    ("layer", "inputs"),
-    [
-        (nn.EmbeddingBag(9, 3), lambda: torch.randint(9, (4, 5))),
-        (nn.EmbeddingBag(9, 3, mode="max", padding_idx=0), lambda: torch.randint(9, (4, 5))),
-    ],
-)
-def test_bags_of_words(layer, inputs):
-    x = inputs()
-    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 2)).double()
-    assert assert_clipped(model, x, clip_per_sample) == ()
+WORDS = torch.arange(20).reshape(4, 5) * 7 % 9
+LAYERS = {
+    "bags": (lambda: nn.EmbeddingBag(9, 3), WORDS),
+    "bags, the largest": (lambda: nn.EmbeddingBag(9, 3, mode="max", padding_idx=0), WORDS),
+    "bags, the sum": (lambda: nn.EmbeddingBag(9, 3, mode="sum", padding_idx=1), WORDS),
+    "slopes": (lambda: nn.PReLU(3), torch.linspace(-1, 1, 60).reshape(4, 3, 5).double()),
+    "slopes of vectors": (lambda: nn.PReLU(3), torch.linspace(-1, 1, 12).reshape(4, 3).double()),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_without_a_rule_of_their_own(name):
+    torch.manual_seed(0)
+    make, x = LAYERS[name]
+    layer = make()
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(15 if name == "slopes" else 3, 2))
+    assert assert_clipped(model.double(), x, clip_per_sample) == ()
+
+
+def test_bags_by_offsets_are_refused_with_a_way_out():
+    class Classifies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(9, 3), nn.Linear(3, 2)
+
+        def forward(self, words, offsets):
+            return self.head(self.bag(words, offsets))
+
+    model = Classifies()
+    with (
+        PerSampleGrads(model),
+        pytest.raises(RefusedModelError, match=r"^bag \(EmbeddingBag\) .*padding_idx"),
+    ):
+        model(torch.randint(9, (7,)), torch.tensor([0, 2, 4]))
