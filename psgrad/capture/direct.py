@@ -322,13 +322,14 @@ class Direct:
         call = bound(func, args, kwargs)
         if isinstance(call, str):
             self._refuse(call)
+        known = (call.weight, call.bias)
+        if any(
+            isinstance(t, StandIn) and not any(t is k for k in known) for t in tree_leaves((args, kwargs))
+        ):
+            self._refuse(f"{named(func)} got a parameter that is neither its weight nor its bias")
         weight, bias = self._operand(call.weight), self._operand(call.bias)
         x = call.x
-        if (
-            isinstance(x, StandIn)
-            or x.shape[:1] != (self._rows,)
-            or call.rule.input_error(call.settings, x) is not None
-        ):
+        if x.shape[:1] != (self._rows,) or call.rule.input_error(call.settings, x) is not None:
             self._refuse(f"{named(func)} of what is not known to be the batch")
         self._tell_of(x)
         return self._by_rule(call.rule, call.settings, weight, bias, x)

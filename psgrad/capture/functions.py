@@ -74,13 +74,21 @@ def _several(value: Any) -> Any:
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> FunctionCall:
-    return FunctionCall(RULES[nn.Linear], _settings(nn.Module), x, weight, bias)
+    return FunctionCall(RULES[nn.Linear], _settings(nn.Module), x, _matrix(weight), bias)
 
 
-def _matmul(x: Any, weight: Any) -> FunctionCall:
+def _matmul(x: Any, other: Any) -> FunctionCall:
+    return FunctionCall(_TRANSPOSED, _settings(nn.Module), x, _matrix(other), None)
+
+
+def _mm(x: Any, mat2: Any) -> FunctionCall:
+    return _matmul(x, mat2)
+
+
+def _matrix(weight: Any) -> Any:
     if weight.ndim != 2:
         raise ValueError(f"a product with a weight of {weight.ndim} axes")
-    return FunctionCall(_TRANSPOSED, _settings(nn.Module), x, weight, None)
+    return weight
 
 
 _TRANSPOSED = TransposedLinear()
@@ -189,6 +197,8 @@ FUNCTIONS: dict[Any, Callable[..., FunctionCall]] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     F.conv1d: partial(_conv, nn.Conv1d),
     F.conv2d: partial(_conv, nn.Conv2d),
     F.conv3d: partial(_conv, nn.Conv3d),

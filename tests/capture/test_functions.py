@@ -51,6 +51,14 @@ AS_THEY_ARE = {
     "linear, of vectors": (F.linear, (4,), lambda self, h: F.linear(h, self.weight), shapes(3, 4)),
     "a product": (torch.matmul, (5, 4), lambda self, h: torch.matmul(h, self.weight), shapes(4, 3)),
     "a product, by method": (Tensor.matmul, (4,), lambda self, h: h.matmul(self.weight), shapes(4, 3)),
+    "mm": (torch.mm, (4,), lambda self, h: torch.mm(h, mat2=self.weight), shapes(4, 3)),
+    "mm, by method": (Tensor.mm, (4,), lambda self, h: h.mm(self.weight), shapes(4, 3)),
+    "a product, named": (
+        torch.matmul,
+        (5, 4),
+        lambda self, h: torch.matmul(input=h, other=self.weight),
+        shapes(4, 3),
+    ),
     "a product, by operator": (
         Tensor.__matmul__,
         (5, 4),
@@ -348,6 +356,20 @@ def test_an_embedding_that_counts_words_over_the_batch_runs_one_sample_at_a_time
 
     model = ByFunction(counted, shapes(4, 3)).double()
     assert assert_clipped(model, torch.randn(3, 4).double(), clip_per_sample) == ("",)
+
+
+APART = {
+    "a vector": (lambda self, h: F.linear(h, self.weight), shapes(4)),
+    "several matrices": (lambda self, h: h[:, None] @ self.weight, shapes(2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_no_rule_computes_runs_one_sample_at_a_time(name):
+    use, parameters = APART[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), ByFunction(use, parameters)).double()
+    assert assert_clipped(model, torch.randn(3, 5, 4).double(), clip_per_sample) == ("1",)
 
 
 def test_noise_in_the_weights_is_the_batchs():
