@@ -145,6 +145,13 @@ def _why_unfit(p: nn.Parameter) -> str | None:
         return "it has no values yet: run the model once, before it is attached to"
     if not p.requires_grad:
         return None
+    if p.is_meta:
+        return "on the meta device, without values: give the module to_empty(device=...) and values first"
+    if hasattr(p, "placements"):
+        return (
+            "a DTensor, of which each process holds a part (fully_shard, tensor parallelism), where a sample's "
+            "gradient is of the whole: leave the model in one piece on every process"
+        )
     if p.is_complex():
         return "complex, for which no norm is computed: train its real and imaginary part, or freeze it"
     return why_hooked(p)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from psgrad import CaptureError, GradNorms, PerSampleGrads, RefusedModelError, clip_per_sample
@@ -51,6 +52,21 @@ def synchronised(rank, folder):
         with handle(ensemble), pytest.raises(CaptureError, match=r"model\.module.*all_reduce"):
             parallel(x)
     dist.destroy_process_group()
+
+
+def test_parameters_in_parts_and_without_values_are_refused(tmp_path):
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        fully_shard(model[1])
+        for handle in HANDLES:
+            with pytest.raises(RefusedModelError, match=r"1\.weight: a DTensor.*\n  1\.bias: a DTensor"):
+                handle(model)
+    finally:
+        dist.destroy_process_group()
+    for handle in HANDLES:
+        with pytest.raises(RefusedModelError, match=r"weight: on the meta device.*to_empty"):
+            handle(nn.Linear(3, 2, device="meta"))
 
 
 def test_gradients_that_would_not_be_averaged_among_processes_are_refused(tmp_path):
