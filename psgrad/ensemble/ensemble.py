@@ -347,8 +347,9 @@ class Ensemble(nn.Module):
         if not own:
             return
         members = self.members
-        for value in tree_leaves(list(inputs)):
-            if holds_tensors(value):
+        plain = all(isinstance(value, Tensor) for value in inputs)  # trees take longer than a small step may
+        for value in inputs if plain else tree_leaves(list(inputs)):
+            if not plain and holds_tensors(value):
                 raise ShapeError(
                     f"a {type(value).__name__} holds tensors of which a member's part cannot be taken: give"
                     " own data as tensors, in tuples, lists or dicts"
