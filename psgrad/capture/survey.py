@@ -149,8 +149,8 @@ def _why_unfit(p: nn.Parameter) -> str | None:
         return "on the meta device, without values: give the module to_empty(device=...) and values first"
     if hasattr(p, "placements"):
         return (
-            "a DTensor, of which each process holds a part (fully_shard, tensor parallelism), where a sample's "
-            "gradient is of the whole: leave the model in one piece on every process"
+            "a DTensor, of which each process holds a part (fully_shard, tensor parallelism), where a "
+            "sample's gradient is of the whole: leave the model in one piece on every process"
         )
     if p.is_complex():
         return "complex, for which no norm is computed: train its real and imaginary part, or freeze it"
