@@ -23,6 +23,7 @@ from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_trans
 from psgrad.capture.captured_call import captured_call
 from psgrad.capture.computed import Carried, Computed, Operand
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
+from psgrad.capture.function_layers import FunctionLayers
 from psgrad.capture.learning import Learning
 from psgrad.capture.mixed import Batch, refuse_mixed
 from psgrad.capture.owners import Owners
@@ -38,7 +39,7 @@ from psgrad.capture.recorder import (
     trainable_of,
 )
 from psgrad.capture.region import Region, first_rows
-from psgrad.capture.repeatable import Gate, RepeatableCall
+from psgrad.capture.repeatable import RepeatableCall
 from psgrad.capture.shadow import replaced_forward, shadow_forward, unshadow_forward
 from psgrad.capture.shared_rows import SharedRows
 from psgrad.capture.survey import (
@@ -109,13 +110,13 @@ class Capture:
         self._repeatable = repeatable
         self._call: RepeatableCall | None = None
         self._learned = False  # all that batches tell
-        self._functions: dict[tuple[Any, ...], Computed] = {}  # layers that a call of the model made
         layers = layers_of(module)
         refuse_model(module, layers)
         self._layers: dict[str, Layer] = {}
         self._trainable = trainable_of(module)
         self._remember()
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
+        self._functions = FunctionLayers(self._owners)
         self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
         self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
         self._shared = SharedRows(self._own.direct)
@@ -196,7 +197,7 @@ class Capture:
         if frozen(self._module, self._trainable):
             return forward(*args, **kwargs)
         rows = first_rows(args, kwargs)
-        self._functions.clear()
+        self._functions.forget()
         if torch.is_grad_enabled():
             self._refuse_mixing()
             self._check_trainable()
@@ -255,10 +256,6 @@ class Capture:
             )
         finally:
             self._call = None
-
-    @property
-    def _gate(self) -> Gate | None:
-        return None if self._call is None else self._call.gate
 
     def _run_rows(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int | None) -> Any:
         before, self._root_rows = self._root_rows, rows
@@ -344,11 +341,7 @@ class Capture:
         self, rule: LayerRule, settings: nn.Module, weight: Operand, bias: Operand, x: Tensor
     ) -> Tensor:
         """Run what a module computes by `torch.nn.functional` as a layer; see `Use`."""
-        computed = Computed.of(settings, weight=weight, bias=bias)
-        if computed.as_it_is:  # its calls add up
-            computed = self._functions.setdefault((settings, weight, bias), computed)
-        path = next(self._owners[p] for p in computed.parameters if p in self._owners)
-        layer = Layer(path, computed.layer, rule)
+        layer, computed = self._functions.of(rule, settings, weight, bias)
         region = self._own.region
         if region is None:
             return self._run_rule(layer, rule, x, [], self._rows_per_sample, computed)
@@ -363,7 +356,7 @@ class Capture:
         rows_per_sample: int,
         computed: Computed | None = None,
     ) -> Tensor:
-        gate, this = self._gate, ForwardCall()
+        gate, this = None if self._call is None else self._call.gate, ForwardCall()
         if is_parametrized(layer.module):
             computed = without_parametrizations(layer.module)
             layer = Layer(layer.path, computed.layer, rule)
@@ -371,14 +364,15 @@ class Capture:
         def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
             call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
             use = LayerUse(layer.path, rule, call)
-            whole = Carried(layer.path, computed, use) if computed and not computed.as_it_is else use
+            whole = use if computed is None else Carried(layer.path, computed, use)
             self._recorder.record(whole, this, gate)
 
         return captured_call(record, layer, rule, rest, self.anchor, x)
 
     def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
         """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""
-        gate, calls = self._gate, defaultdict[nn.Parameter, ForwardCall](ForwardCall)
+        gate = None if self._call is None else self._call.gate
+        calls = defaultdict[nn.Parameter, ForwardCall](ForwardCall)
 
         def record(p: nn.Parameter, grads: Tensor) -> None:
             written = KeptGrads(self._owners[p], {p: grads}, grads.shape[0])

@@ -104,10 +104,9 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> FunctionCall:
-    outputs, each, *kernel = weight.shape
-    options = (_several(stride), _several(padding), _several(dilation))
-    layer = _settings(kind, each * groups, outputs, tuple(kernel), *options, groups, device="meta")
-    return FunctionCall(RULES[kind], layer, x, weight, bias)
+    outputs, each = weight.shape[:2]
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    return _convolution(kind, (each * groups, outputs), x, weight, bias, groups, options)
 
 
 def _conv_transpose(
@@ -121,14 +120,22 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> FunctionCall:
-    inputs, each, *kernel = weight.shape
-    options = (_several(stride), _several(padding), _several(output_padding))
-    layer = _settings(
-        kind,
-        *(inputs, each * groups, tuple(kernel), *options, groups),
-        dilation=_several(dilation),
-        device="meta",
-    )
+    inputs, each = weight.shape[:2]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    return _convolution(kind, (inputs, each * groups), x, weight, bias, groups, options)
+
+
+def _convolution(
+    kind: Any,
+    channels: tuple[int, int],
+    x: Any,
+    weight: Any,
+    bias: Any,
+    groups: int,
+    options: dict[str, Any],
+) -> FunctionCall:
+    hashable = {name: _several(value) for name, value in options.items()}
+    layer = _settings(kind, *channels, tuple(weight.shape[2:]), groups=groups, device="meta", **hashable)
     return FunctionCall(RULES[kind], layer, x, weight, bias)
 
 
