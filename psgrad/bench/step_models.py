@@ -153,6 +153,23 @@ def wrn_16_4_gn() -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """Convolution with a weight that is standardised, by output, in each forward (Qiao et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W] -> [N, out_channels, H', W']`."""
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), unbiased=False, keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) * torch.rsqrt(variance + 1e-5), self.bias)
+
+
+def standardised(model: nn.Module) -> nn.Module:
+    """Return the model with its convolutions' weights standardised."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = StandardisedConv2d
+    return model
+
+
 def tiny() -> nn.Sequential:
     """Small enough to try the benchmark itself, with an in-place activation. 0.4 thousand parameters."""
     return nn.Sequential(
@@ -167,6 +184,8 @@ def tiny() -> nn.Sequential:
 MODELS: dict[str, StepModel] = {
     "resnet18-gn": StepModel(resnet18_gn),
     "wrn-16-4-gn": StepModel(wrn_16_4_gn),
+    "resnet18-ws": StepModel(lambda: standardised(resnet18_gn())),
+    "wrn-16-4-ws": StepModel(lambda: standardised(wrn_16_4_gn())),
     "vgg11": StepModel(vgg11_32),
     "tanh-cnn-28": StepModel(tanh_cnn_28, (1, 28, 28)),
     "tanh-cnn-32": StepModel(tanh_cnn_32),

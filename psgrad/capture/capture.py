@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_transformed, refuse_unseen
 from psgrad.capture.captured_call import captured_call
-from psgrad.capture.computed import Carried, Computed, Operand
+from psgrad.capture.computed import Carried, Computed, Operand, Output
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.function_layers import FunctionLayers
 from psgrad.capture.learning import Learning
@@ -342,8 +342,7 @@ class Capture:
     ) -> Tensor:
         """Run what a module computes by `torch.nn.functional` as a layer; see `Use`."""
         layer, computed = self._functions.of(rule, settings, weight, bias)
-        region = self._own.region
-        if region is None:
+        if (region := self._own.region) is None:
             return self._run_rule(layer, rule, x, [], self._rows_per_sample, computed)
         return self._run_rule_in_region(region, layer, rule, x, [])
 
@@ -364,10 +363,12 @@ class Capture:
         def record(x: Tensor, g: Tensor, *saved: Tensor) -> None:
             call = LayerCall(layer.module, x, g, rows_per_sample, layer.wanted, saved)
             use = LayerUse(layer.path, rule, call)
-            whole = use if computed is None else Carried(layer.path, computed, use)
+            whole = use if computed is None else Carried(layer.path, computed, use, output)
             self._recorder.record(whole, this, gate)
 
-        return captured_call(record, layer, rule, rest, self.anchor, x)
+        output, out = Output(), captured_call(record, layer, rule, rest, self.anchor, x)
+        like = LayerCall(layer.module, x, out, rows_per_sample, layer.wanted)
+        return out if computed is None else output.of(out, computed, rule, like)
 
     def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
         """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""
@@ -390,8 +391,7 @@ class Capture:
         if not self._tables.hold() or [p.requires_grad for p in self._parameters] != self._trained:
             refuse_changed(self._trainable, trainable_of(self._module))
             self._remember()
-        hooked = [f"{name}: {why}" for name, p in self._trainable.items() if (why := why_hooked(p))]
-        if hooked:
+        if hooked := [f"{name}: {why}" for name, p in self._trainable.items() if (why := why_hooked(p))]:
             raise CaptureError("since psgrad was attached:\n  " + "\n  ".join(hooked))
 
     def _refuse_mixing(self) -> None:

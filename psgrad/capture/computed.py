@@ -7,8 +7,10 @@ the computation, carries them over to the parameters. A weighted sum is carried 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.capture.functions import layer_like
+from psgrad.capture.row_maps import RowMaps
+from psgrad.capture.row_probes import row_maps
+from psgrad.layers import LayerCall, LayerRule
 from psgrad.layers.base import squared_norms
 
-__all__ = ["Carried", "Computed", "Made", "Operand", "saved_as_they_are"]
+__all__ = ["Carried", "Computed", "Made", "Operand", "Output", "saved_as_they_are"]
 
 CHUNK_BYTES = 16 * 2**20
 """Of gradients that are made to be carried over and squared, if one sample's are not more."""
+FEWEST_SAMPLES = 4
+"""Gradients of fewer are carried over: to find out how the map is made takes as long."""
 
 
 def saved_as_they_are() -> AbstractContextManager[None]:
@@ -101,6 +108,23 @@ class Computed:
         return cls(layer_like(settings, **given), made)
 
     @property
+    def weight(self) -> nn.Parameter | None:
+        """The plain layer's weight, if it alone is computed, of parameters without another use here."""
+        weight = self.layer._parameters.get("weight")
+        alone = self._values.keys() == {weight} and self._leaves.keys().isdisjoint(self._own)
+        return weight if alone else None
+
+    def norms_by_rows(self, rule: LayerRule, call: LayerCall) -> bool:
+        """Whether `maps` are of use, if they are known, for norms of a call."""
+        outputs = rule.output_axis is not None and self.weight is not None
+        return outputs and call.g.dtype.itemsize >= 4 and call.samples >= FEWEST_SAMPLES
+
+    @cached_property
+    def maps(self) -> RowMaps | None:
+        """How gradients of the weight's rows arrive at the parameters, where that is of a known form."""
+        return None if self.weight is None else row_maps(self._values[self.weight], self._leaves)
+
+    @property
     def as_it_is(self) -> bool:
         """Whether nothing is computed."""
         return not self._values
@@ -129,13 +153,68 @@ class Computed:
         return carried
 
 
+class Output:
+    """What a call of such a layer returned, once its backward begins.
+
+    Only where norms are had from it, and if nobody wrote to it.
+    """
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    def of(self, out: Tensor, computed: Computed, rule: LayerRule, call: LayerCall) -> Tensor:
+        """Return what `rule` made in this call, whose output stands for its gradient."""
+        if not out.requires_grad or not computed.norms_by_rows(rule, call) or rule.keeps_grads(call):
+            return out
+        return _Returned.apply(self, out)
+
+    def see(self, value: Tensor) -> None:
+        """Know it."""
+        self._value = value
+
+    def take(self) -> Tensor | None:
+        """Return it, or None, and let go of it."""
+        value, self._value = self._value, None
+        return value
+
+
+class _Returned(torch.autograd.Function):
+    """`out` as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Output, out: Tensor) -> Tensor:
+        ctx.save_for_backward(out)
+        ctx.output = output
+        return out.detach()  # no view: what follows may write to it in place
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        with suppress(RuntimeError):  # of what was written to; a graph that is gone is told of by the layer
+            ctx.output.see(ctx.saved_tensors[0].detach())
+        return None, g
+
+
 @dataclass(frozen=True)
 class Carried(Contribution):
-    """What such a layer contributes: its plain layer's use, carried over."""
+    """What such a layer contributes: its plain layer's use, carried over.
+
+    Attributes
+    ----------
+    path
+        See `Contribution`.
+    computed
+        The layer.
+    use
+        Of the plain layer, as it is or written out.
+    output
+        What the plain layer returned.
+
+    """
 
     path: str
     computed: Computed
-    use: LayerUse
+    use: LayerUse | KeptGrads
+    output: Output = field(default_factory=Output)
 
     @property
     def samples(self) -> int:  # type: ignore[override]  # read-only here
@@ -154,16 +233,45 @@ class Carried(Contribution):
         return {p: p.new_zeros(0, *p.shape) for p in self.parameters}
 
     def sq_norms(self) -> PerParameter:
-        """See `Contribution.sq_norms`; gradients are made of a few samples at a time."""
+        """See `Contribution.sq_norms`; where rows of the weight are mapped one by one, nothing is carried."""
+        maps = self._maps()
+        return self._sq_norms_carried() if maps is None else self._sq_norms_by(maps)
+
+    def _maps(self) -> RowMaps | None:
+        if isinstance(self.use, LayerUse) and not self.computed.norms_by_rows(self.use.rule, self.use.call):
+            return None
+        return self.computed.maps
+
+    def _sq_norms_by(self, maps: RowMaps) -> PerParameter:
+        plain = self.computed.weight
+        assert plain is not None
+        if isinstance(self.use, KeptGrads):
+            norms = maps.sq_norms_of(self.use.written[plain])
+            norms |= {p: squared_norms(grad) for p, grad in self.use.written.items() if p is not plain}
+        else:
+            norms = maps.sq_norms(self.use.rule, self.use.call, self.output.take())
+            rest = tuple(name for name in self.use.call.wanted if name != "weight")
+            norms |= LayerUse(self.path, self.use.rule, replace(self.use.call, wanted=rest)).sq_norms()
+        eaten = torch.stack([n.isnan() for n in norms.values()]).any(0).nonzero().squeeze(1)
+        if len(eaten):
+            for p, exact in self._of_samples(eaten)._sq_norms_carried().items():
+                norms[p][eaten] = exact.to(norms[p].dtype)
+        return norms
+
+    def _sq_norms_carried(self) -> PerParameter:
+        """Squared norms of gradients that are made and carried over a few samples at a time."""
         size = sum(p.nbytes for p in self.use.parameters)
         step = max(1, CHUNK_BYTES // max(1, size))
         if step >= self.samples:
             return {p: squared_norms(grad) for p, grad in self.grads().items()}
         parts = [
-            Carried(self.path, self.computed, self.use.of_samples(slice(start, start + step))).sq_norms()
+            self._of_samples(slice(start, start + step))._sq_norms_carried()
             for start in range(0, self.samples, step)
         ]
         return {p: torch.cat([part[p] for part in parts]) for p in self.parameters}
+
+    def _of_samples(self, samples: slice | Tensor) -> Carried:
+        return Carried(self.path, self.computed, self.use.of_samples(samples))
 
     def weighted_sum(self, factors: Tensor) -> PerParameter:
         """See `Contribution.weighted_sum`."""
@@ -174,7 +282,11 @@ class Carried(Contribution):
         return self.use.tensors()
 
     def kept(self) -> Contribution:
-        """See `Contribution.kept`."""
-        if not self.use.rule.keeps_grads(self.use.call):
+        """See `Contribution.kept`; of the plain layer if that tells the norms."""
+        if isinstance(self.use, KeptGrads) or not self.use.rule.keeps_grads(self.use.call):
             return self
-        return KeptGrads(self.path, self.grads(), self.samples)
+        if self._maps() is None:
+            return KeptGrads(self.path, self.grads(), self.samples)
+        kept = self.use.kept()
+        assert isinstance(kept, LayerUse | KeptGrads)
+        return replace(self, use=kept)

@@ -101,6 +101,11 @@ class KeptGrads(Contribution):
         """See `Contribution.kept`."""
         return self
 
+    def of_samples(self, samples: slice | Tensor) -> KeptGrads:
+        """Return those of some samples alone."""
+        written = {p: grad[samples] for p, grad in self.written.items()}
+        return KeptGrads(self.path, written, len(next(iter(written.values()))))
+
     def __add__(self, other: Contribution) -> KeptGrads:
         """Add up two uses of the same parameters, sample by sample: a norm is that of the sum."""
         total = dict(self.written)
@@ -152,14 +157,15 @@ class LayerUse(Contribution):
             return self
         return KeptGrads(self.path, self._by_parameter(self.rule.kept_grads(self.call)), self.samples)
 
-    def of_samples(self, samples: slice) -> LayerUse:
-        """Return the use by some consecutive samples alone."""
-        k = self.call.rows_per_sample
-        rows = slice(samples.start * k, samples.stop * k)
-        saved = tuple(t[rows] for t in self.call.saved)
-        return LayerUse(
-            self.path, self.rule, replace(self.call, x=self.call.x[rows], g=self.call.g[rows], saved=saved)
-        )
+    def of_samples(self, samples: slice | Tensor) -> LayerUse:
+        """Return the use by some samples alone."""
+
+        def some(t: Tensor) -> Tensor:
+            return self.call.by_sample(t)[samples].flatten(0, 1)
+
+        call = self.call
+        fewer = replace(call, x=some(call.x), g=some(call.g), saved=tuple(map(some, call.saved)))
+        return LayerUse(self.path, self.rule, fewer)
 
     def _by_parameter(self, named: dict[str, Tensor]) -> PerParameter:
         return {p: named[name] for name, p in zip(self.call.wanted, self.parameters, strict=True)}

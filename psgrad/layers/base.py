@@ -70,6 +70,11 @@ class LayerRule(ABC):
 
     looks_up: ClassVar[bool] = False
     """Whether the input only tells which rows of the weight the output has, so that samples may share it."""
+    output_axis: ClassVar[int | None] = None
+    """Which axis of the output has an entry for each row of the weight, linear in it; None if none has.
+
+    A row is what stands along axis 0 of the weight. `forward` takes any number of rows (any to a group).
+    """
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why the settings of this module make per-sample gradients impossible, or None."""

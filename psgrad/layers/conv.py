@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +25,8 @@ __all__ = ["Convolution", "TransposedConvolution"]
 
 class Convolution(LayerRule):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with every padding mode."""
+
+    output_axis: ClassVar[int | None] = 1
 
     def input_error(self, module: Any, x: Tensor) -> str | None:
         """Ask for a batch axis, which the layer itself does not."""
@@ -105,6 +107,8 @@ class Convolution(LayerRule):
 
 class TransposedConvolution(Convolution):
     """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`."""
+
+    output_axis: ClassVar[int | None] = None
 
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
         """See `LayerRule.forward`; the optional argument is the layer's `output_size`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ Fitted to 13 layers: the better of the two ways on 11; 1.07x of it on one, 1.26x
 
 class Linear(LayerRule):
     """`N O(KT) @ N (KT)I -> N O I`, the gradient of `x @ weight.T + bias`."""
+
+    output_axis: ClassVar[int | None] = -1
 
     def input_error(self, module: nn.Module, x: Tensor) -> str | None:
         """Ask for a batch axis, which the layer itself does not."""
@@ -103,6 +105,8 @@ class Linear(LayerRule):
 
 class TransposedLinear(Linear):
     """`N I(KT) @ N (KT)O -> N I O`, the gradient of `x @ weight + bias`: the `Conv1D` of GPT-2."""
+
+    output_axis: ClassVar[int | None] = None
 
     def forward(self, module: Any, params: Mapping[str, Tensor | None], x: Tensor, *args: Any) -> Tensor:
         """See `LayerRule.forward`."""
