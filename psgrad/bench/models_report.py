@@ -27,14 +27,14 @@ clipped training step, with everything random on, is run on every one of the mod
 (`tests/models`).
 
 Not in the table: 15 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, ..) and thirteen
-models of timm are compared the same way in `tests/models/test_other_libraries.py`, with the extra `zoo`. GPT-2's
-layers (`Conv1D`) have a rule of their own, and a position table that is looked up once for the whole batch
-makes no module run one sample at a time. Nor do timm's networks with weight standardisation (`nf_resnet26`,
-`resnetv2_50x1_bit`: layers derived from `nn.Conv2d` that compute their weight anew in every forward). Where a
-weight is computed row by row (standardised, normed, centred, scaled, with a gain or without), norms are told
-without any sample's gradient: three random probes find out, in every pass, how gradients arrive at the
-parameters (`psgrad/capture/row_probes.py`). Of others (masks, low rank) every sample's gradient is written
-out, a few samples at a time.
+models of timm are compared the same way in `tests/models/test_other_libraries.py`, with the extra `zoo`.
+GPT-2's layers (`Conv1D`) have a rule of their own, and a position table that is looked up once for the
+whole batch makes no module run one sample at a time. Nor do timm's networks with weight standardisation
+(`nf_resnet26`, `resnetv2_50x1_bit`: layers derived from `nn.Conv2d` that compute their weight anew in
+every forward). Where a weight is computed row by row (standardised, normed, centred, scaled, with a gain
+or without), norms are told without any sample's gradient: three random probes find out, in every pass,
+how gradients arrive at the parameters (`psgrad/capture/row_probes.py`). Of others (masks, low rank) every
+sample's gradient is written out, a few samples at a time.
 """
 
 

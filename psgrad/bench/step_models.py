@@ -154,12 +154,17 @@ def wrn_16_4_gn() -> nn.Sequential:
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """Convolution with a weight that is standardised, by output, in each forward (Qiao et al. 2019)."""
+    """Convolution with a weight that is standardised, by output, in each forward (Qiao et al. 2019).
+
+    And divided by the root of the fan-in (Brock et al. 2021), which keeps float32 as near to float64 as else.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, in_channels, H, W] -> [N, out_channels, H', W']`."""
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), unbiased=False, keepdim=True)
-        return self._conv_forward(x, (self.weight - mean) * torch.rsqrt(variance + 1e-5), self.bias)
+        return self._conv_forward(
+            x, (self.weight - mean) * torch.rsqrt(variance * self.weight[0].numel() + 1e-5), self.bias
+        )
 
 
 def standardised(model: nn.Module) -> nn.Module:
