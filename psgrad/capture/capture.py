@@ -367,8 +367,9 @@ class Capture:
             self._recorder.record(whole, this, gate)
 
         output, out = Output(), captured_call(record, layer, rule, rest, self.anchor, x)
-        like = LayerCall(layer.module, x, out, rows_per_sample, layer.wanted)
-        return out if computed is None else output.of(out, computed, rule, like)
+        if computed is None:
+            return out
+        return output.of(out, computed, rule, LayerCall(layer.module, x, out, rows_per_sample, layer.wanted))
 
     def _recording(self) -> Callable[[nn.Parameter, Tensor], None]:
         """Return what records a parameter's written-out gradient, `[N, *shape]`, in backward."""

@@ -234,22 +234,23 @@ class Carried(Contribution):
 
     def sq_norms(self) -> PerParameter:
         """See `Contribution.sq_norms`; where rows of the weight are mapped one by one, nothing is carried."""
+        output = self.output.take()  # held no longer, whichever way
         maps = self._maps()
-        return self._sq_norms_carried() if maps is None else self._sq_norms_by(maps)
+        return self._sq_norms_carried() if maps is None else self._sq_norms_by(maps, output)
 
     def _maps(self) -> RowMaps | None:
         if isinstance(self.use, LayerUse) and not self.computed.norms_by_rows(self.use.rule, self.use.call):
             return None
         return self.computed.maps
 
-    def _sq_norms_by(self, maps: RowMaps) -> PerParameter:
+    def _sq_norms_by(self, maps: RowMaps, output: Tensor | None) -> PerParameter:
         plain = self.computed.weight
         assert plain is not None
         if isinstance(self.use, KeptGrads):
             norms = maps.sq_norms_of(self.use.written[plain])
             norms |= {p: squared_norms(grad) for p, grad in self.use.written.items() if p is not plain}
         else:
-            norms = maps.sq_norms(self.use.rule, self.use.call, self.output.take())
+            norms = maps.sq_norms(self.use.rule, self.use.call, output)
             rest = tuple(name for name in self.use.call.wanted if name != "weight")
             norms |= LayerUse(self.path, self.use.rule, replace(self.use.call, wanted=rest)).sq_norms()
         eaten = torch.stack([n.isnan() for n in norms.values()]).any(0).nonzero().squeeze(1)

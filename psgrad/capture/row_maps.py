@@ -14,7 +14,7 @@ and the products of B with it, which are sums over the output. No gradient is wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,19 +74,14 @@ class RowMaps:
 
         """
         assert rule.output_axis is not None
-        along = self._along(rule, call, output)
-        found = {}
-        for p, to_p in self._maps.items():
-            rest = _quadratic(to_p.form, along)
-            if to_p.scale is None:
-                found[p] = rest
-                continue
-            shape = [1] * call.g.ndim
-            shape[rule.output_axis] = -1
-            scaled = call.g * to_p.scale.to(call.g.dtype).view(shape)
-            of_weight = rule.sq_norms(replace(call, g=scaled, wanted=("weight",)))["weight"]
-            found[p] = _sum(of_weight, rest)
-        return found
+        channels = [1] * call.g.ndim
+        channels[rule.output_axis] = -1
+
+        def of_scaled(scale: Tensor) -> Tensor:
+            g = call.g * scale.to(call.g.dtype).view(channels)
+            return rule.sq_norms(replace(call, g=g, wanted=("weight",)))["weight"]
+
+        return self._norms(self._along(rule, call, output), of_scaled)
 
     def sq_norms_of(self, grads: Tensor) -> dict[nn.Parameter, Tensor]:
         """As `sq_norms`, of written-out gradients `[N, *weight.shape]`, in any memory order."""
@@ -100,16 +95,16 @@ class RowMaps:
         def summed(t: Tensor) -> Tensor:
             return t.flatten(0, -3).sum(0) if outside else t
 
+        squares = summed(squared_norms(rows.flatten(0, -2)).view(rows.shape[:-1]))
         along = self._basis.along(summed(rows.sum(-1)), summed(torch.linalg.vecdot(rows, weight)))
-        found, squares = {}, None
+        return self._norms(along, lambda scale: (squares * scale.to(squares.dtype).square()).sum(1))
+
+    def _norms(self, along: Tensor, of_scaled: Callable[[Tensor], Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Squared norms by parameter, from B^T r and what tells those of r with its rows scaled."""
+        found = {}
         for p, to_p in self._maps.items():
             rest = _quadratic(to_p.form, along)
-            if to_p.scale is None:
-                found[p] = rest
-                continue
-            if squares is None:
-                squares = summed(squared_norms(rows.flatten(0, -2)).view(rows.shape[:-1]))
-            found[p] = _sum((squares * to_p.scale.to(squares.dtype).square()).sum(1), rest)
+            found[p] = rest if to_p.scale is None else _sum(of_scaled(to_p.scale), rest)
         return found
 
     def _along(self, rule: LayerRule, call: LayerCall, output: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from psgrad import clip_per_sample
@@ -201,6 +201,45 @@ def test_a_network_with_checkpoints_residuals_and_a_memory_budget():
     assert_clipped(model, x, clip_per_sample)
     assert_clipped(model, x, clip_per_sample, memory_budget=20_000)
     assert_clipped(model, x.contiguous(memory_format=torch.channels_last), clip_per_sample, style="flat")
+
+
+class Standardise(nn.Module):
+    def forward(self, weight):
+        return standardised(weight)
+
+
+@pytest.mark.usefixtures("never_carried")
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "strided"])
+def test_parametrized_layers_with_any_padding_and_memory_layout(padding_mode, layout):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode=padding_mode)
+    parametrize.register_parametrization(conv, "weight", Standardise())
+    x = torch.randn(5, 4, 7, 12).double()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    else:
+        x = x[:, :1].expand(5, 4, 7, 12) if layout == "expanded" else x[..., ::2]
+    assert_clipped(nn.Sequential(conv, nn.Tanh()).double(), x, clip_per_sample)
+
+
+@pytest.mark.parametrize("compute", ["standardised", "masked"])
+def test_what_a_layer_returned_is_let_go_of_with_its_norms(compute, monkeypatch):
+    monkeypatch.setattr("psgrad.layers.conv.Convolution.keeps_grads", lambda self, call: False)
+    held = []
+    monkeypatch.setattr(Carried, "weighted_sum", noting_what_is_held(Carried.weighted_sum, held))
+    model = OneLayer("conv2d", compute)
+    with clip_per_sample(model, 1.0):
+        squared_loss(model, model.batch(6)).backward()
+    assert held == [None]
+
+
+def noting_what_is_held(weighted_sum, held):
+    def noted(self, factors):
+        held.append(self.output.take())
+        return weighted_sum(self, factors)
+
+    return noted
 
 
 def test_float32_is_as_exact_as_of_a_plain_layer():
