@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ModuleTables"]
+__all__ = ["ModuleTables", "modules_of"]
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all below, each once, as `list(module.modules())` does, in a third of its time."""
+    found = [module]
+    seen = {module}
+    for held in found:
+        for child in held._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 class ModuleTables:
@@ -22,13 +34,7 @@ class ModuleTables:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules: list[nn.Module] = [module]
-        seen = {module}
-        for held in self.modules:  # as `modules()`, in a third of its time
-            for child in held._modules.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    self.modules.append(child)
+        self.modules = modules_of(module)
         self._tables: list[dict[str, Any]] = [
             table
             for m in self.modules

@@ -20,12 +20,13 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from psgrad.capture.alone import OfParameters
 from psgrad.capture.computed import Made, Operand
 from psgrad.capture.copies import Record, Use, own_copies
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
+from psgrad.capture.leaves import leaves_of
 from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.stand_in import (
     BROADCAST,
@@ -111,7 +112,7 @@ class Direct:
             If one was used in an unknown way, also where the module's own code caught that.
 
         """
-        self.begin(module, (args, kwargs))
+        self.begin(module, args, kwargs)
         try:
             with swapped(shown(module), self._stand_in):
                 out = forward(*args, **kwargs)
@@ -120,9 +121,9 @@ class Direct:
         self.check(out)
         return out
 
-    def begin(self, module: nn.Module, inputs: Any) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Know the module and its inputs while it runs."""
-        self._module, self._inputs = module, tree_leaves(inputs)
+        self._module, self._inputs = module, leaves_of(args, kwargs)
 
     def end(self) -> None:
         """Let go of them; stand-ins are of no use afterwards."""
@@ -140,7 +141,7 @@ class Direct:
         """
         if self._unknown is not None:
             raise self._unknown
-        for t in tree_leaves(out):
+        for t in leaves_of((out,), {}):
             if isinstance(t, StandIn):
                 self.refuse(t, "what the module returns has a parameter that no row of the batch has met")
 
@@ -184,7 +185,7 @@ class Direct:
         return self._refuse(f"{named(func)} is not known to keep the samples apart")
 
     def _is_of_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
-        for t in tree_leaves((args, kwargs)):
+        for t in leaves_of(args, kwargs):
             if isinstance(t, StandIn):
                 if t.run is not self or t.rows is not None:
                     return False
@@ -323,9 +324,7 @@ class Direct:
         if isinstance(call, str):
             self._refuse(call)
         known = (call.weight, call.bias)
-        if any(
-            isinstance(t, StandIn) and not any(t is k for k in known) for t in tree_leaves((args, kwargs))
-        ):
+        if any(isinstance(t, StandIn) and not any(t is k for k in known) for t in leaves_of(args, kwargs)):
             self._refuse(f"{named(func)} got a parameter that is neither its weight nor its bias")
         weight, bias = self._operand(call.weight), self._operand(call.bias)
         x = call.x

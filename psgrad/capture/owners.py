@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from psgrad.capture.copies import Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.functions import BY_OFFSETS
 from psgrad.capture.learning import Learning, Run
+from psgrad.capture.leaves import leaves_of
 from psgrad.capture.once import refused
 from psgrad.capture.recurrent import PACKED, run_packed
 from psgrad.capture.region import Region, first_rows
@@ -302,4 +303,4 @@ def _of_packed(layer: Layer, args: Any) -> Callable[..., Any] | None:
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:
     """Return the tensors of a call, and their positions among its leaves."""
-    return [(i, leaf) for i, leaf in enumerate(tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)]
+    return [(i, leaf) for i, leaf in enumerate(leaves_of(args, kwargs)) if isinstance(leaf, Tensor)]

@@ -26,7 +26,7 @@ class _Call:
     """Of the model, with as many rows; `direct` once there is a stand-in."""
 
     module: nn.Module
-    inputs: Any
+    inputs: tuple[Any, Any]
     rows: int | None
     direct: Direct | None = None
 
@@ -50,7 +50,9 @@ class SharedRows:
         self._call: _Call | None = None
         self._last: _Call | None = None  # without its inputs
 
-    def run(self, module: nn.Module, inputs: Any, rows: int | None, run: Callable[[], Any]) -> Any:
+    def run(
+        self, module: nn.Module, inputs: tuple[Any, Any], rows: int | None, run: Callable[[], Any]
+    ) -> Any:
         """Run the model, with stand-ins; `inputs` are what it was called with, of so many rows.
 
         Raises
@@ -64,7 +66,7 @@ class SharedRows:
             out = run()
         finally:
             call, self._call = self._call, before
-            self._last = _Call(module, (), rows)
+            self._last = _Call(module, ((), {}), rows)
             if call.direct is not None:
                 call.direct.end()
         if call.direct is not None:
@@ -103,7 +105,7 @@ class SharedRows:
         assert call.rows is not None
         if call.direct is None:
             call.direct = self._make(call.rows, _refused if call is self._call else _refused_again)
-            call.direct.begin(call.module, call.inputs)
+            call.direct.begin(call.module, *call.inputs)
         return call.direct.computed(run(x.expand(call.rows // rows_per_sample, *x.shape)), layer)
 
     def _present(self) -> _Call | None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from psgrad.capture.leaves import leaves_of
 from psgrad.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ class StandIn(Tensor):
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        stand_in = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, StandIn))
+        kwargs = kwargs or {}
+        stand_in = next(t for t in leaves_of(args, kwargs) if isinstance(t, StandIn))
         with torch._C.DisableTorchFunctionSubclass():
             run = stand_in.run
-        return run.use(stand_in, func, args, kwargs or {})
+        return run.use(stand_in, func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it static

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from psgrad.layers import rule_for
+from psgrad.module_tables import modules_of
 
 __all__ = ["shown", "swapped"]
 
@@ -36,17 +37,23 @@ class _Copies(dict[str, Any]):
 @contextmanager
 def swapped(modules: Iterable[nn.Module], copy: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
     """Let each module's own trainable parameters be `copy` of them, made when they are asked for."""
-    with ExitStack() as stack:
+    undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
         for module in modules:
             parameters = module._parameters
-            if any(p is not None and p.requires_grad for p in parameters.values()):
-                stack.callback(module.__dict__.__setitem__, "_parameters", parameters)
-                module.__dict__["_parameters"] = _Copies(parameters, copy)
-                if isinstance(module, nn.RNNBase):
-                    stack.callback(module.__dict__.update, _listed(module))
-                    weights = [getattr(module, name) for name in module._flat_weights_names]
-                    module.__dict__.update(_listed(module, weights))
+            # as they are, also where another block shows copies of them
+            if not any(p is not None and p.requires_grad for p in dict.values(parameters)):
+                continue
+            undo.append((module.__dict__, {"_parameters": parameters}))
+            module.__dict__["_parameters"] = _Copies(parameters, copy)
+            if isinstance(module, nn.RNNBase):
+                undo.append((module.__dict__, _listed(module)))
+                weights = [getattr(module, name) for name in module._flat_weights_names]
+                module.__dict__.update(_listed(module, weights))
         yield
+    finally:
+        for attributes, before in reversed(undo):
+            attributes.update(before)
 
 
 def _listed(module: nn.RNNBase, weights: list[Any] | None = None) -> dict[str, Any]:
@@ -56,8 +63,13 @@ def _listed(module: nn.RNNBase, weights: list[Any] | None = None) -> dict[str, A
     return {"_flat_weights": weights, "_flat_weight_refs": [weakref.ref(w) for w in weights]}
 
 
-def shown(module: nn.Module) -> Iterable[nn.Module]:
+def shown(module: nn.Module) -> list[nn.Module]:
     """Return the modules whose parameters are to be shown otherwise; a parametrized layer needs its own."""
-    modules = list(module.modules())
-    kept = {m for layer in modules if is_parametrized(layer) and rule_for(layer) for m in layer.modules()}
-    return (m for m in modules if m not in kept)
+    modules = modules_of(module)
+    kept = {
+        inside
+        for layer in modules
+        if "parametrizations" in layer._modules and is_parametrized(layer) and rule_for(layer)
+        for inside in layer.modules()
+    }
+    return [m for m in modules if m not in kept] if kept else modules

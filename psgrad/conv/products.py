@@ -49,7 +49,7 @@ def mkl_slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 def by_onednn(flops_each: float, inner: int, dtype: torch.dtype, device: torch.device, products: int) -> bool:
     """Whether so many products of so many FLOPs each, adding up so many elements, are left to oneDNN."""
-    if mkl_slowdown(dtype, device) == 1 or flops_each < LARGE:
+    if flops_each < LARGE or mkl_slowdown(dtype, device) == 1:
         return False
     return products == 1 if halves_long_vectors() else inner >= LEAST_INNER
 
