@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psgrad.capture.batch_axis import check_layer_rows, check_rows, refuse_transformed, refuse_unseen
 from psgrad.capture.captured_call import captured_call
+from psgrad.capture.captured_modules import CapturedModules
 from psgrad.capture.computed import Carried, Computed, Operand, Output
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse
 from psgrad.capture.function_layers import FunctionLayers
@@ -40,12 +41,12 @@ from psgrad.capture.recorder import (
 )
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.repeatable import RepeatableCall
-from psgrad.capture.shadow import replaced_forward, shadow_forward, unshadow_forward
+from psgrad.capture.shadow import shadow_forward, unshadow_forward
 from psgrad.capture.shared_rows import SharedRows
+from psgrad.capture.stand_in import with_rows
 from psgrad.capture.survey import (
     Layer,
     OtherRowsError,
-    is_inside,
     layers_of,
     refuse_mixing,
     refuse_model,
@@ -112,19 +113,17 @@ class Capture:
         self._learned = False  # all that batches tell
         layers = layers_of(module)
         refuse_model(module, layers)
-        self._layers: dict[str, Layer] = {}
         self._trainable = trainable_of(module)
         self._remember()
         self._owners = {p: name.rpartition(".")[0] for name, p in self._trainable.items()}
         self._functions = FunctionLayers(self._owners)
-        self._learning = Learning(module, self._owners, rows_per_sample, self._widen)
+        self._learning = Learning(module, self._owners, rows_per_sample, self._widen, self._enclose)
         self._own = Owners(self._learning, rows_per_sample, self._recording, self._run_function, self.anchor)
         self._shared = SharedRows(self._own.direct)
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(not_captured(name)) for name, p in self._trainable.items()
         ]
-        for layer in layers:
-            self._attach(layer)
+        self._layers = CapturedModules(module, self._run_layer, layers)
         shadow_forward(module, self._run_root)
         follow_inputs(self)
         if loss is not None:
@@ -145,9 +144,7 @@ class Capture:
     @property
     def regions(self) -> tuple[str, ...]:
         """Paths of the modules that run one sample at a time; before a batch, of all that may have to."""
-        owners = [path for path, layer in self._layers.items() if layer.rule is None]
-        found = [path for path in owners if self._own.is_region(path)]
-        return tuple(path for path in found if not any(is_inside(path, other) for other in found))
+        return self._layers.regions(self._own)
 
     def again(self, take: Callable[[Contribution], None], *, keep: bool) -> None:
         """Run the module's backward once more, from the same gradients; for a repeatable one's consumer.
@@ -182,15 +179,9 @@ class Capture:
             self._loss.unwatch()
         for handle in self._handles:
             handle.remove()
-        for module in (self._module, *(layer.module for layer in self._layers.values())):
-            unshadow_forward(module)
         self._handles.clear()
-        self._layers.clear()
-
-    def _attach(self, layer: Layer) -> None:
-        self._layers[layer.path] = layer
-        if layer.module is not self._module:
-            shadow_forward(layer.module, partial(self._run_layer, layer))
+        self._layers.remove()
+        unshadow_forward(self._module)
 
     def _run_root(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the whole module, knowing how many rows its batch has."""
@@ -264,7 +255,7 @@ class Capture:
             while True:
                 try:
                     out = self._shared.run(self._module, (args, kwargs), rows, run)
-                    if "" in self._layers and rows and torch.is_grad_enabled() and self._own.is_region(""):
+                    if self._layers.model and rows and torch.is_grad_enabled() and self._own.is_region(""):
                         check_rows(out, rows, args, kwargs)
                     return out
                 except OtherRowsError as error:
@@ -274,23 +265,14 @@ class Capture:
             self._root_rows = before  # a submodule called on its own may have another batch
 
     def _run_model(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        root = self._layers.get("")
+        root = self._layers.model
         return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
 
     def _widen(self, path: str) -> Layer | None:
-        """Make the next module around this one a region, where all rows are one sample's; None if none is."""
-        while path:
-            path = path.rpartition(".")[0]
-            module = self._module.get_submodule(path)
-            calls = type(module).forward is not nn.Module.forward and replaced_forward(module) is None
-            layer = self._layers.get(path)
-            if layer is None and (calls or not path):
-                self._attach(layer := Layer(path, module, None))
-            elif layer is None or layer.rule is not None or self._own.is_region(path):
-                continue
-            self._own.make_region(path)
-            return layer
-        return None
+        return self._layers.widen(path, self._own)
+
+    def _enclose(self, path: str) -> Layer | None:
+        return self._layers.enclose(path, self._own)
 
     def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one layer, captured if gradients are being recorded.
@@ -308,6 +290,7 @@ class Capture:
         if not torch.is_grad_enabled() or self._own.as_it_is or not layer.trains:
             return forward(*args, **kwargs)
         self._recorder.forget_failed()
+        args, kwargs = with_rows(args, kwargs)
         region = self._own.region
         if region is None and self._root_rows is None:  # called by itself, not by the model's call
             self._refuse_mixing()

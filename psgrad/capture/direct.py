@@ -15,19 +15,21 @@ has the batch's rows whatever their number. It also must come from the batch: an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from psgrad.capture.alone import OfParameters
+from psgrad.capture.attention import attention
 from psgrad.capture.computed import Made, Operand
 from psgrad.capture.copies import Record, Use, own_copies
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
-from psgrad.capture.leaves import leaves_of
+from psgrad.capture.leaves import leaves_in
 from psgrad.capture.recurrent import RECURRENT
+from psgrad.capture.row_by_row import is_row_by_row
 from psgrad.capture.stand_in import (
     BROADCAST,
     EXPANSIONS,
@@ -36,6 +38,7 @@ from psgrad.capture.stand_in import (
     StandIn,
     named,
     sizes_of,
+    with_rows,
     writes,
 )
 from psgrad.capture.survey import Layer
@@ -118,32 +121,33 @@ class Direct:
                 out = forward(*args, **kwargs)
         finally:
             self.end()
-        self.check(out)
-        return out
+        return self.returned(out)
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Know the module and its inputs while it runs."""
-        self._module, self._inputs = module, leaves_of(args, kwargs)
+        self._module, self._inputs = module, leaves_in(args, kwargs)
 
     def end(self) -> None:
         """Let go of them; stand-ins are of no use afterwards."""
         self._over = True
         self._module, self._inputs = None, []
 
-    def check(self, out: Any) -> None:
-        """Raise if there was an unknown use in the run that is over, or there is one in what it returned.
+    def returned(self, out: Any) -> Any:
+        """Return what the run that is over returned, with what was expanded over the batch as its copies.
 
         Raises
         ------
         PsgradError
-            If there is: the run's error.
+            If there was an unknown use in the run, or there is one in this: the run's error.
 
         """
         if self._unknown is not None:
             raise self._unknown
-        for t in leaves_of((out,), {}):
+        (found,), _ = with_rows((out,), {})
+        for t in leaves_in((found,), {}):
             if isinstance(t, StandIn):
                 self.refuse(t, "what the module returns has a parameter that no row of the batch has met")
+        return found
 
     def refuse(self, stand_in: StandIn, reason: str) -> NoReturn:
         """Raise for an unknown use of a stand-in."""
@@ -171,21 +175,23 @@ class Direct:
         if func in FUNCTIONS:
             return self._layer(func, args, kwargs)
         if func in FORMULAS:
-            return self._formula(func, args, kwargs)
+            return self._in_other_terms(FORMULAS[func], args, kwargs)
         if func is F.multi_head_attention_forward:
-            return self._attention(*args, **kwargs)
+            return self._in_other_terms(partial(attention, self._linear, self._rows), args, kwargs)
         if func in RECURRENT:
             return RECURRENT[func](self._linear, *args)
         if func in BROADCAST and kwargs.keys() <= {"alpha"}:
-            return func(*self._aligned(func, args), **kwargs)
+            return self._broadcast(func, args, kwargs)
         if func in EXPANSIONS and not kwargs:
             return self._expansion(func, *args)
         if func in JOINS and kwargs.keys() <= {"dim"}:
             return self._join(func, *args, **kwargs)
-        return self._refuse(f"{named(func)} is not known to keep the samples apart")
+        if func is F.scaled_dot_product_attention:
+            return self._dot_product_attention(*args, **kwargs)
+        return self._among_rows(func, args, kwargs)
 
     def _is_of_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
-        for t in leaves_of(args, kwargs):
+        for t in leaves_in(args, kwargs):
             if isinstance(t, StandIn):
                 if t.run is not self or t.rows is not None:
                     return False
@@ -281,16 +287,44 @@ class Direct:
             return rows.reshape(self._rows, *(1,) * (ndim - 1 - value.ndim), *value.shape)
         return self._refuse(f"a parameter {tuple(value.shape)} is not the same for every row of {ndim} axes")
 
-    def _aligned(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Of an operator on a stand-in and the batch, both in either order, the operands."""
-        if len(args) != 2 or sum(map(self._is_batch, args)) != 1:
+    def _broadcast(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """Compute an operator on a stand-in and the batch, or what is expanded over it, in either order."""
+        batch = [t for t in args if self._is_batch(t)]
+        expanded = [t for t in args if isinstance(t, StandIn) and t.rows is not None]
+        if len(args) != 2 or len(batch) > 1 or not (batch or expanded):
             self._refuse(f"{named(func)} of a parameter and what is not known to be the batch")
-        first, second = args
-        if isinstance(second, StandIn):
-            return first, self._over_batch(second, first.ndim)
-        if func in IN_PLACE:
+        if func in IN_PLACE and isinstance(args[0], StandIn):
             self._refuse(f"{named(func)} would write to a parameter")
-        return self._over_batch(first, second.ndim), second
+        ndim = (batch or expanded)[0].ndim
+        operands = [self._over_batch(t, ndim) if isinstance(t, StandIn) else t for t in args]
+        if batch:
+            return func(*operands, **kwargs)
+        others = [t for t in args if isinstance(t, Tensor) and not isinstance(t, StandIn)]
+        if not all(self._is_constant(t) and (t.ndim < ndim or t.shape[0] == 1) for t in others):
+            self._refuse(f"{named(func)} of a parameter and what may not be the same for every row")
+        return self._instead_of_rows(expanded[0], func(*operands, **kwargs))
+
+    def _instead_of_rows(self, stand_in: StandIn, rows: Tensor) -> StandIn:
+        return StandIn.of(self, stand_in.value, rows, stand_in.source)
+
+    def _among_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a function of what has been expanded over the batch: of its rows alone, or with the batch.
+
+        Together with the batch they are rows like any, that a model may do anything with.
+        """
+        leaves = leaves_in(args, kwargs)
+        stand_ins = [t for t in leaves if isinstance(t, StandIn)]
+        batch = any(self._is_batch(t) for t in leaves)
+        if writes(func, kwargs) or any(t.rows is None for t in stand_ins):
+            self._refuse(f"{named(func)} is not known to keep the samples apart")
+        inner_args, inner_kwargs = with_rows(args, kwargs)
+        if batch:
+            return func(*inner_args, **inner_kwargs)
+        first, *rest = inner_args
+        if sum(isinstance(t, Tensor) for t in leaves) > 1 or not is_row_by_row(func, first, rest, kwargs):
+            self._refuse(f"{named(func)} is not known to keep the samples apart")
+        source = stand_ins[0]
+        return tree_map(partial(self._instead_of_rows, source), func(*inner_args, **inner_kwargs))
 
     def _expansion(self, func: Any, stand_in: Any, *sizes: Any) -> StandIn:
         sizes = sizes_of(sizes) if func is not Tensor.expand_as or self._is_batch(sizes[0]) else ()
@@ -307,9 +341,9 @@ class Direct:
             self._refuse(f"{named(func)} of a parameter, but not beside the batch's rows")
         return func([t.rows if isinstance(t, StandIn) else t for t in tensors], dim)
 
-    def _formula(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def _in_other_terms(self, formula: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
-            return FORMULAS[func](*args, **kwargs)
+            return formula(*args, **kwargs)
         except (TypeError, ValueError) as error:
             self._refuse(str(error))
 
@@ -322,12 +356,17 @@ class Direct:
         """Compute by a rule what a function computes of the batch and what is the same for all samples."""
         call = bound(func, args, kwargs)
         if isinstance(call, str):
-            self._refuse(call)
-        known = (call.weight, call.bias)
-        if any(isinstance(t, StandIn) and not any(t is k for k in known) for t in leaves_of(args, kwargs)):
+            if any(isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs)):
+                self._refuse(call)
+            return self._among_rows(func, args, kwargs)
+        (x,), _ = with_rows((call.x,), {})
+        known = (call.weight, call.bias, call.x if x is not call.x else None)
+        if any(isinstance(t, StandIn) and not any(t is k for k in known) for t in leaves_in(args, kwargs)):
             self._refuse(f"{named(func)} got a parameter that is neither its weight nor its bias")
+        if x is not call.x and not any(isinstance(t, StandIn) for t in (call.weight, call.bias)):
+            inner_args, inner_kwargs = with_rows(args, kwargs)  # of a layer that is frozen
+            return self._instead_of_rows(call.x, func(*inner_args, **inner_kwargs))
         weight, bias = self._operand(call.weight), self._operand(call.bias)
-        x = call.x
         if x.shape[:1] != (self._rows,) or call.rule.input_error(call.settings, x) is not None:
             self._refuse(f"{named(func)} of what is not known to be the batch")
         self._tell_of(x)
@@ -345,42 +384,16 @@ class Direct:
             return found
         return self._refuse("a function of a layer, with a weight or bias that may not be the same for all")
 
-    def _attention(
-        self,
-        query: Any,
-        key: Any,
-        value: Any,
-        width: int,
-        heads: int,
-        weight: Any,
-        bias: Any,
-        bias_k: Any,
-        bias_v: Any,
-        add_zero_attn: bool,
-        dropout: float,
-        out_weight: Any,
-        out_bias: Any,
-        training: bool = True,
-        key_padding_mask: Any = None,
-        need_weights: bool = True,
-        attn_mask: Any = None,
-        use_separate_proj_weight: bool = False,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
-        """Self-attention `L N E`, without its weights, and with a mask that all samples share or none."""
-        unusual = (key is not query, value is not query, bias_k is not None, bias_v is not None, need_weights)
-        shared = attn_mask is None or (type(attn_mask) is Tensor and attn_mask.ndim == 2)
-        rest = (add_zero_attn, key_padding_mask is not None, use_separate_proj_weight, not shared)
-        if any(unusual) or any(rest) or query.ndim != 3 or query.shape[1:] != (self._rows, width):
-            self._refuse("attention other than of a batch to itself")
-        if others.get("static_k") is not None or others.get("static_v") is not None:
-            self._refuse("attention to given keys or values")
-        if attn_mask is not None and attn_mask.dtype == torch.bool:  # here True is what is left out
-            attn_mask = attn_mask.logical_not()
-        causal = others.get("is_causal", False) and attn_mask is not None
-        # L N E -> N L (3 H D) -> N H L D, three of them
-        parts = self._linear(query.transpose(0, 1), weight, bias).chunk(3, 2)
-        query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
-        mask, dropout = None if causal else attn_mask, dropout if training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
-        return self._linear(mixed.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
+    def _dot_product_attention(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Compute it, also with a mask that is computed of parameters: biases of relative positions."""
+        if isinstance(attn_mask, StandIn):
+            attn_mask = self._over_batch(attn_mask, query.ndim)
+        function = F.scaled_dot_product_attention
+        if any(isinstance(t, StandIn) for t in (query, key, value)):
+            found: Tensor = self._among_rows(function, (query, key, value, attn_mask, *args), kwargs)
+            return found
+        if not all(map(self._is_batch, (query, key, value))):
+            self._refuse("attention with a parameter, of what is not known to be the batch")
+        return function(query, key, value, attn_mask, *args, **kwargs)

@@ -18,13 +18,16 @@ __all__ = ["Learning", "Run"]
 Run = Callable[[Any, Any, int], Any]
 """Runs the whole model on args and kwargs of so many rows."""
 
+Around = Callable[[str], Layer | None]
+"""Does something to the next module around a path, and returns it; None if there is none left."""
+
 
 class Learning:
     """Tells the axis of the batch from others as long, and what must run in a region.
 
     What does not grow with the number of samples is not the batch, whatever its size: without trials, a
-    sequence as long as the batch would pass for it. Modules around parameters that are used elsewhere, and
-    around inputs whose samples cannot be told apart, become regions.
+    sequence as long as the batch would pass for it. Modules around inputs whose samples cannot be told apart
+    become regions; and those around parameters that are used elsewhere, unless every use is known.
 
     Parameters
     ----------
@@ -36,6 +39,9 @@ class Learning:
         K.
     widen
         Makes the next module around a path a region, and returns it; None if none is left.
+    enclose
+        Has the next module around a path run as one that uses parameters itself, and returns it; as `widen`
+        if all do.
 
     Attributes
     ----------
@@ -53,12 +59,14 @@ class Learning:
         module: nn.Module,
         owners: Mapping[nn.Parameter, str],
         rows_per_sample: int,
-        widen: Callable[[str], Layer | None],
+        widen: Around,
+        enclose: Around,
     ) -> None:
         self._module = module
         self._owners = owners
         self._rows_per_sample = rows_per_sample
         self._widen = widen
+        self._enclose = enclose
         self._inputs = RegionInputs()
         self._results: list[tuple[int, list[int | None]]] = []  # of trials: rows, and lengths of axis 0
         self.layout: Layout = in_front
@@ -69,6 +77,11 @@ class Learning:
         if self.trying:
             self._inputs.see(path, lengths)
         return self._inputs.batched(path, lengths, rows)
+
+    def ran_whole(self, path: str) -> None:
+        """Know of a trial's call that no input had to be split into samples."""
+        if self.trying:
+            self._inputs.ran_whole(path)
 
     def of_samples(self, position: int) -> bool:
         """Whether the tensor there among the model's results grew as the batch did, as far as is known."""
@@ -104,21 +117,24 @@ class Learning:
     def _learn(self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout) -> None:
         self.trying = True
         try:
-            while around := self._try_out(run, args, kwargs, rows, layout):
-                widened: list[nn.Module] = []
-                for path in around:
+            while found := self._try_out(run, args, kwargs, rows, layout):
+                change, paths = found
+                changed: list[nn.Module] = []
+                for path in paths:
                     inner = self._module.get_submodule(path)
-                    if any(inner in set(module.modules()) for module in widened):
+                    if any(inner in set(module.modules()) for module in changed):
                         continue
-                    if (layer := self._widen(path)) is not None:
-                        widened.append(layer.module)
-                if not widened:
+                    if (layer := change(path)) is not None:
+                        changed.append(layer.module)
+                if not changed:
                     break  # what cannot be captured is refused in backward, by name
         finally:
             self.trying = False
 
-    def _try_out(self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout) -> list[str]:
-        """Return paths of what must run in a region around it."""
+    def _try_out(
+        self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout
+    ) -> tuple[Around, list[str]] | None:
+        """Return paths of what must run in another way, and what to do with the modules around."""
         self._inputs.forget()
         self._results.clear()
         failed: Exception | None = None
@@ -130,14 +146,15 @@ class Learning:
                 elsewhere = self._used_elsewhere(run, some_args, some_kwargs, some)
             except Exception as error:  # whatever a model may raise; the other trial may tell why
                 if around := self._inputs.multiples() or self._inputs.partly_batched():
-                    return around
+                    return self._widen, around
                 failed = error
                 continue
             if elsewhere:
-                return elsewhere
+                return self._enclose, elsewhere
         if failed is not None:
             raise failed
-        return self._inputs.grown()
+        grown = self._inputs.grown()
+        return (self._widen, grown) if grown else None
 
     def _used_elsewhere(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
         """Run, and return the owners of parameters that the graph shows used outside of what is captured."""

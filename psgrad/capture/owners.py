@@ -15,7 +15,7 @@ from psgrad.capture.copies import Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.functions import BY_OFFSETS
 from psgrad.capture.learning import Learning, Run
-from psgrad.capture.leaves import leaves_of
+from psgrad.capture.leaves import leaves_in
 from psgrad.capture.once import refused
 from psgrad.capture.recurrent import PACKED, run_packed
 from psgrad.capture.region import Region, first_rows
@@ -98,6 +98,10 @@ class Owners:
         """Whether the module runs one sample at a time, as far as is known."""
         return not self._as_a_whole.get(path, self._learning.trying)
 
+    def is_told(self, path: str) -> bool:
+        """Whether to tell that the module runs one sample at a time: if it has, or may have to."""
+        return not self._as_a_whole.get(path, self._learning.done)
+
     def make_region(self, path: str) -> None:
         """Run the module one sample at a time from now on."""
         self._as_a_whole[path] = False
@@ -162,6 +166,7 @@ class Owners:
             run_whole = self._try_whole if self._learning.trying else self._run_whole
             done, out = run_whole(layer, forward, args, kwargs, rows)
             if done:
+                self._learning.ran_whole(layer.path)
                 return out
             self.make_region(layer.path)
         if of_packed:
@@ -171,6 +176,8 @@ class Owners:
         for i, t in _tensors(args, kwargs):
             if i in batched:
                 self.tell(layer, t)
+        if rows:
+            self.make_region(layer.path)  # which it is already, or is from now on as no trial came here
         trying, asked = self._learning.trying, self._told is not None
         results = self._as_it_is(layer, forward, args, kwargs) if trying or asked else []
         self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
@@ -252,7 +259,8 @@ class Owners:
         self._inside = True
         try:
             out = self.direct(rows).run(layer.module, forward, args, kwargs)
-            if not (inside or known.get(layer.path) or type(layer.module) in APART):
+            known_apart = inside or known.get(layer.path) or type(layer.module) in APART
+            if not known_apart and _tensors(args, kwargs):  # who is given none has no samples to mix
                 check_samples_apart(layer.module, args, kwargs, rows, self._rows_per_sample)
         except Exception as error:  # whatever a module may raise that is given a stand-in, or other samples
             self._as_a_whole = known
@@ -303,4 +311,4 @@ def _of_packed(layer: Layer, args: Any) -> Callable[..., Any] | None:
 
 def _tensors(args: Any, kwargs: Any) -> list[tuple[int, Tensor]]:
     """Return the tensors of a call, and their positions among its leaves."""
-    return [(i, leaf) for i, leaf in enumerate(leaves_of(args, kwargs)) if isinstance(leaf, Tensor)]
+    return [(i, leaf) for i, leaf in enumerate(leaves_in(args, kwargs)) if isinstance(leaf, Tensor)]

@@ -30,10 +30,12 @@ class RegionInputs:
 
     def __init__(self) -> None:
         self._trials: list[_Trial] = []
+        self._whole: set[str] = set()
 
     def forget(self) -> None:
         """Start anew: other modules are regions now."""
         self._trials.clear()
+        self._whole.clear()
 
     def begin(self, rows: int) -> None:
         """Begin a trial with so many rows."""
@@ -41,8 +43,13 @@ class RegionInputs:
 
     def see(self, path: str, lengths: Lengths) -> None:
         """Take in one call of a region in the present trial."""
+        self._whole.discard(path)
         for position, length in lengths.items():
             self._trials[-1].seen[path][position].add(length)
+
+    def ran_whole(self, path: str) -> None:
+        """Take back that it is a region: the call ran on the batch as a whole, whatever its inputs are."""
+        self._whole.add(path)
 
     def batched(self, path: str, lengths: Lengths, rows: int) -> set[int]:
         """Return the positions of a call's inputs that are the batch of so many rows."""
@@ -58,7 +65,7 @@ class RegionInputs:
         trial = self._trials[-1]
         return [
             path
-            for path, by_position in trial.seen.items()
+            for path, by_position in self._regions(trial)
             if any(
                 n > trial.rows and n % trial.rows == 0 for lengths in by_position.values() for n in lengths
             )
@@ -69,7 +76,7 @@ class RegionInputs:
         trial = self._trials[-1]
         return [
             path
-            for path, by_position in trial.seen.items()
+            for path, by_position in self._regions(trial)
             if {trial.rows} in by_position.values() and any(n != {trial.rows} for n in by_position.values())
         ]
 
@@ -78,7 +85,7 @@ class RegionInputs:
         first, last = self._trials[0], self._trials[-1]
         return [
             path
-            for path, by_position in first.seen.items()
+            for path, by_position in self._regions(first)
             if path in last.seen  # else it is inside of another region now
             and any(
                 lengths != last.seen[path][position]
@@ -86,3 +93,6 @@ class RegionInputs:
                 for position, lengths in by_position.items()
             )
         ]
+
+    def _regions(self, trial: _Trial) -> list[tuple[str, dict[int, set[int]]]]:
+        return [(path, seen) for path, seen in trial.seen.items() if path not in self._whole]

@@ -69,9 +69,7 @@ class SharedRows:
             self._last = _Call(module, ((), {}), rows)
             if call.direct is not None:
                 call.direct.end()
-        if call.direct is not None:
-            call.direct.check(out)
-        return out
+        return out if call.direct is None else call.direct.returned(out)
 
     def has(self, layer: Layer, x: Tensor, *, trying: bool) -> bool:
         """Whether x, the input of a layer with a rule, is for all samples alike.

@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from psgrad.capture.leaves import leaves_of
+from psgrad.capture.leaves import leaves_in
 from psgrad.errors import CaptureError
 
 if TYPE_CHECKING:
     from psgrad.capture.direct import Direct
     from psgrad.capture.survey import Layer
 
-__all__ = ["BROADCAST", "EXPANSIONS", "IN_PLACE", "JOINS", "StandIn", "named", "sizes_of", "writes"]
+__all__ = [
+    "BROADCAST",
+    "EXPANSIONS",
+    "IN_PLACE",
+    "JOINS",
+    "StandIn",
+    "functions_named",
+    "named",
+    "sizes_of",
+    "with_rows",
+    "writes",
+]
 
 
 class StandIn(Tensor):
@@ -54,7 +66,7 @@ class StandIn(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        stand_in = next(t for t in leaves_of(args, kwargs) if isinstance(t, StandIn))
+        stand_in = next(t for t in leaves_in(args, kwargs) if isinstance(t, StandIn))
         with torch._C.DisableTorchFunctionSubclass():
             run = stand_in.run
         return run.use(stand_in, func, args, kwargs)
@@ -64,6 +76,14 @@ class StandIn(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise CaptureError(f"{func} got a parameter's stand-in")
+
+
+def with_rows(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return a call's arguments with the batch's copies in place of what has been expanded over it."""
+    if not any(isinstance(t, StandIn) for t in leaves_in(args, kwargs)):
+        return args, kwargs
+    found: tuple[Any, Any] = tree_map_only(StandIn, lambda t: t if t.rows is None else t.rows, (args, kwargs))
+    return found
 
 
 def named(func: Any) -> str:
@@ -84,7 +104,8 @@ def sizes_of(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return sizes
 
 
-def _functions(*names: str) -> frozenset[Any]:
+def functions_named(*names: str) -> frozenset[Any]:
+    """Return torch's functions and tensors' methods of these names."""
     found = [getattr(owner, name, None) for owner in (torch, Tensor) for name in names]
     return frozenset(f for f in found if f is not None)
 
@@ -93,17 +114,17 @@ ABOUT = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")),
         *(getattr(Tensor, name).__get__ for name in ("is_cuda", "layout", "is_leaf")),
-        *_functions("size", "dim", "numel", "is_floating_point", "__len__"),
+        *functions_named("size", "dim", "numel", "is_floating_point", "__len__"),
     }
 )
 """What asks about a parameter, but not for its values."""
 
-IN_PLACE = _functions("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-BROADCAST = IN_PLACE | _functions(
+IN_PLACE = functions_named("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+BROADCAST = IN_PLACE | functions_named(
     *("add", "sub", "mul", "div", "subtract", "multiply", "divide", "true_divide"),
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
 )
 """Operators that compute every element of the result from one of each operand."""
 
-EXPANSIONS = _functions("expand", "expand_as", "repeat")
-JOINS = _functions("cat", "concat", "concatenate")
+EXPANSIONS = functions_named("expand", "expand_as", "repeat")
+JOINS = functions_named("cat", "concat", "concatenate")

@@ -142,57 +142,6 @@ def test_every_use(name, rows, rows_per_sample):
     assert regions == (() if name in KNOWN else ("0",))
 
 
-class Attends(nn.Module):
-    def __init__(self, *, batch_first, mask=None, **options):
-        super().__init__()
-        self.batch_first = batch_first
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
-        self.call = {"need_weights": False, "attn_mask": mask}
-
-    def forward(self, x):
-        x = x if self.batch_first else x.transpose(0, 1)
-        out = self.attention(x, x, x, **self.call)[0]
-        return out if self.batch_first else out.transpose(0, 1)
-
-
-CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
-ATTENTIONS = {
-    "plain": ({}, True),
-    "without bias": ({"bias": False}, True),
-    "left out": ({"mask": CAUSAL}, True),
-    "added": ({"mask": torch.linspace(-1, 1, 25).reshape(5, 5).double()}, True),
-    "with keys": ({"add_bias_kv": True}, False),
-}
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention(name, batch_first):
-    options, known = ATTENTIONS[name]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), Attends(batch_first=batch_first, **options)).double()
-    x = torch.randn(5, 5, 3, dtype=torch.double)
-    before = model(x)
-    with PerSampleGrads(model):
-        torch.testing.assert_close(model(x), before)
-    assert (assert_exact(model, clip_per_sample, x) == ()) is known
-
-
-def test_causal_attention():
-    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).double()
-    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.double)
-
-    class Causal(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x, src_mask=mask, is_causal=True)
-
-    assert assert_exact(Causal(), clip_per_sample, torch.randn(4, 5, 4, dtype=torch.double)) == ()
-
-
 def test_a_use_that_only_a_later_batch_has():
     model = model_of(
         lambda self, h: (
