@@ -26,8 +26,10 @@ at a time under `torch.func`; all others go by rule. *Not compared* are the larg
 clipped training step, with everything random on, is run on every one of the models by the slow tests
 (`tests/models`).
 
-Not in the table: 15 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, ..) and thirteen
-models of timm are compared the same way in `tests/models/test_other_libraries.py`, with the extra `zoo`.
+Not in the table: 19 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, DETR, ..), 16 models
+of timm, ten networks of MONAI and nine of segmentation-models-pytorch for segmentation, three of diffusers, and
+five of torchvision for segmentation and videos are compared the same way in
+`tests/models/test_other_libraries.py`, with the extra `zoo`.
 GPT-2's layers (`Conv1D`) have a rule of their own, and a position table that is looked up once for the
 whole batch makes no module run one sample at a time. Nor do timm's networks with weight standardisation
 (`nf_resnet26`, `resnetv2_50x1_bit`: layers derived from `nn.Conv2d` that compute their weight anew in

@@ -1,7 +1,8 @@
 """Models that other libraries build, as they are: small ones, with random weights (the extra `zoo`).
 
 What is told apart: weights shared or used by another module, tables handed out by a method, windows as rows,
-queries per sample beside them, relative positions, gates, class tokens, decoders, state spaces.
+queries per sample beside them, relative positions, gates, class tokens, learned queries, decoders, state
+spaces; networks for images that give images: for segmentation, and for diffusion.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import functools
 
 import pytest
 import torch
+from opacus.validators import ModuleValidator
 from torch import nn
+from torchvision.models import segmentation, video
 
 from psgrad import PerSampleGrads
+from psgrad.tensors_in import tensors_in
 from tests.model_oracle import grads_one_by_one
 
 SAMPLES = 3
@@ -100,6 +104,37 @@ TRANSFORMERS = {
         {key: SIZES[key] for key in list(SIZES)[:4]} | {"image_size": 32, "patch_size": 8},
         functools.partial(pictures, 32),
     ),
+    "SigLIP": (
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        {key: SIZES[key] for key in list(SIZES)[:4]} | {"image_size": 16, "patch_size": 8},
+        functools.partial(pictures, 16),
+    ),
+    "Perceiver": (
+        "PerceiverForSequenceClassification",
+        "PerceiverConfig",
+        {"num_latents": 4, "d_latents": 16, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 2}
+        | {"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "vocab_size": 64},
+        lambda: {"inputs": words()["input_ids"]},
+    ),
+    "DETR": (
+        "DetrModel",
+        "DetrConfig",
+        {key: value for key, value in ENCODER_DECODER.items() if "_id" not in key and key != "vocab_size"}
+        | {"num_queries": 4, "use_timm_backbone": False, "use_pretrained_backbone": False}
+        | {
+            "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8] * 4}
+            | {"depths": [1] * 4, "layer_type": "basic", "out_features": ["stage4"]}
+        },
+        functools.partial(pictures, 64),
+    ),
+    "SegFormer": (
+        "SegformerModel",
+        "SegformerConfig",
+        {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]}
+        | {"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2]},
+        functools.partial(pictures, 32),
+    ),
     "ConvNeXt": (
         "ConvNextForImageClassification",
         "ConvNextConfig",
@@ -108,8 +143,11 @@ TRANSFORMERS = {
     ),
 }
 BY_RULE = ("BERT", "RoBERTa", "GPT-2", "GPT-2, padded", "GPT", "LLaMA", "ViT")
+BY_RULE += ("SigLIP", "Perceiver", "DETR", "SegFormer")
 """Those of which no module runs one sample at a time."""
 TIMM = {
+    "beit_base_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
+    "cait_xxs24_224": {"img_size": 32, "depth": 2},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
     "eca_nfnet_l0": {},
     "gcvit_xxtiny": {},
@@ -128,9 +166,74 @@ TIMM = {
     "tf_efficientnet_b0": {},
     "vit_relpos_base_patch32_plus_rpn_256": {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
+    "vit_base_patch16_siglip_224": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
 }
 TIMM_APART = ("gcvit", "maxvit", "swinv2", "vit_relpos")
 """How the names begin of those with modules that run one sample at a time."""
+
+
+def _image(channels: int, *sizes: int):
+    return lambda: (torch.randn(SAMPLES, channels, *sizes, dtype=torch.double),)
+
+
+def _noisy_image():
+    return *_image(4, 16, 16)(), torch.arange(SAMPLES)
+
+
+def _noisy_image_and_text():
+    return *_noisy_image(), torch.randn(SAMPLES, 5, 12, dtype=torch.double)
+
+
+MONAI = {
+    "UNet": ((2, 1, 2, (4, 8, 16), (2, 2)), {"num_res_units": 2, "norm": "INSTANCE"}, _image(1, 32, 32)),
+    "BasicUNet": ((3, 1, 2, (4, 4, 8, 8, 8, 4)), {}, _image(1, 32, 32, 32)),
+    "SegResNet": ((2, 8, 1, 2), {"blocks_down": (1, 1), "blocks_up": (1,)}, _image(1, 16, 16)),
+    "DynUNet": (
+        (2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2]),
+        {"filters": [4, 8, 16], "deep_supervision": True},
+        _image(1, 32, 32),
+    ),
+    "AttentionUnet": ((2, 1, 2, (4, 8, 16), (2, 2)), {}, _image(1, 32, 32)),
+    "UNETR": (
+        (1, 2, (32, 32)),
+        {"feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 4, "spatial_dims": 2},
+        _image(1, 32, 32),
+    ),
+    "SwinUNETR": (
+        (1, 2),
+        {"feature_size": 12, "spatial_dims": 2, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
+        _image(1, 64, 64),
+    ),
+    "VNet": ((2, 1, 2), {}, _image(1, 32, 32)),
+    "DenseNet121": ((2, 1, 2), {}, _image(1, 32, 32)),
+    "MedNeXt": (
+        (2, 4, 1, 2),
+        {"blocks_down": (1, 1), "blocks_bottleneck": 1, "blocks_up": (1, 1)},
+        _image(1, 32, 32),
+    ),
+}
+SEGMENTATION = (
+    *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "UPerNet", "Segformer"),
+)
+DIFFUSERS = {
+    "UNet2DModel": (
+        {"in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 16)}
+        | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 4}
+        | {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4},
+        _noisy_image,
+    ),
+    "UNet2DConditionModel": (
+        {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+        | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 12}
+        | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+        _noisy_image_and_text,
+    ),
+    "AutoencoderKL": (
+        {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        | {"block_out_channels": (8, 8), "norm_num_groups": 4},
+        _image(3, 16, 16),
+    ),
+}
 
 
 def quiet(model: nn.Module) -> nn.Module:
@@ -182,3 +285,57 @@ def test_timm(name: str) -> None:
     x = torch.randn(SAMPLES, 3, size, size, dtype=torch.double)
     by_rule = not name.startswith(TIMM_APART)
     check(model, lambda model, x: model(x).square().sum(), [x], by_rule=by_rule)
+
+
+def _with_group_norms(model: nn.Module) -> nn.Module:
+    fixed: nn.Module = ModuleValidator.fix(model)
+    return fixed
+
+
+def _check_images(model: nn.Module, inputs, *, by_rule: bool = True) -> None:
+    def loss_of(model, *inputs):
+        images = (t for t in tensors_in(model(*inputs)) if t.ndim > 1)
+        return sum(t.square().sum() for t in images)
+
+    check(quiet(_with_group_norms(model).train()), loss_of, inputs, by_rule=by_rule)
+
+
+@pytest.mark.parametrize("name", MONAI)
+def test_monai(name: str) -> None:
+    nets = pytest.importorskip("monai.networks.nets", reason="monai is not installed, and no requirement")
+    torch.manual_seed(0)
+    args, options, inputs = MONAI[name]
+    _check_images(getattr(nets, name)(*args, **options), inputs(), by_rule=name != "SwinUNETR")
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation(name: str) -> None:
+    library = pytest.importorskip(
+        "segmentation_models_pytorch", reason="it is not installed, and no requirement"
+    )
+    torch.manual_seed(0)
+    model = getattr(library, name)("resnet18", encoder_weights=None, classes=2)
+    _check_images(model, _image(3, 64, 64)())
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers(name: str) -> None:
+    library = pytest.importorskip("diffusers", reason="diffusers is not installed, and no requirement")
+    torch.manual_seed(0)
+    options, inputs = DIFFUSERS[name]
+    _check_images(getattr(library, name)(**options), inputs())
+
+
+@pytest.mark.parametrize(
+    "name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
+)
+def test_segmentation_of_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=3)
+    _check_images(model, _image(3, 32, 32)())
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+def test_videos_of_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    _check_images(getattr(video, name)(num_classes=3), _image(3, 4, 16, 16)())
