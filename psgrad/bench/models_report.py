@@ -27,8 +27,8 @@ clipped training step, with everything random on, is run on every one of the mod
 (`tests/models`).
 
 Not in the table: 19 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, DETR, ..), 16 models
-of timm, ten networks of MONAI and nine of segmentation-models-pytorch for segmentation, three of diffusers, and
-five of torchvision for segmentation and videos are compared the same way in
+of timm, ten networks of MONAI and nine of segmentation-models-pytorch for segmentation, three of diffusers,
+and five of torchvision for segmentation and videos are compared the same way in
 `tests/models/test_other_libraries.py`, with the extra `zoo`.
 GPT-2's layers (`Conv1D`) have a rule of their own, and a position table that is looked up once for the
 whole batch makes no module run one sample at a time. Nor do timm's networks with weight standardisation

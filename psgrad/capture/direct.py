@@ -390,10 +390,6 @@ class Direct:
         """Compute it, also with a mask that is computed of parameters: biases of relative positions."""
         if isinstance(attn_mask, StandIn):
             attn_mask = self._over_batch(attn_mask, query.ndim)
-        function = F.scaled_dot_product_attention
-        if any(isinstance(t, StandIn) for t in (query, key, value)):
-            found: Tensor = self._among_rows(function, (query, key, value, attn_mask, *args), kwargs)
-            return found
-        if not all(map(self._is_batch, (query, key, value))):
-            self._refuse("attention with a parameter, of what is not known to be the batch")
-        return function(query, key, value, attn_mask, *args, **kwargs)
+        operands = query, key, value, attn_mask
+        found: Tensor = self._among_rows(F.scaled_dot_product_attention, (*operands, *args), kwargs)
+        return found

@@ -197,3 +197,25 @@ def test_learned_queries(rows):
     torch.manual_seed(0)
     x = torch.randn(rows, 5, 4, dtype=torch.double)
     assert assert_clipped(Queries().double(), x, clip_per_sample) == ()
+
+
+class ByFunction(nn.Module):
+    """Calls the function itself, which takes masks of true and false as the layer does not pass them on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(12))
+        self.out_weight, self.out_bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        h, maps = x.transpose(0, 1), (self.weight, self.bias)
+        rest = None, None, False, 0.0, self.out_weight, self.out_bias
+        masks = {"attn_mask": CAUSAL, **left_out_keys(x)}
+        attend = F.multi_head_attention_forward
+        return attend(h, h, h, 4, 2, *maps, *rest, need_weights=False, **masks)[0].transpose(0, 1)
+
+
+def test_the_function_with_masks_of_true_and_false():
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4, dtype=torch.double)
+    assert assert_clipped(nn.Sequential(ByFunction(), nn.Linear(4, 2)).double(), x, clip_per_sample) == ()

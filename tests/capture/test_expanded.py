@@ -82,6 +82,7 @@ BY_RULES = {
         self.expanded(h) - self.positions.expand(len(h), -1, -1) / self.constant
     ),
     "scaled": lambda self, h: self.norm(2 * self.expanded(h) * 0.5 + self.constant),
+    "plus a constant row": lambda self, h: self.norm(self.expanded(h) + self.constant[None]),
     "elementwise": lambda self, h: self.norm(F.dropout(F.gelu(self.expanded(h)).float().double(), 0.0)),
     "from zeros": lambda self, h: self.norm(torch.zeros_like(self.expanded(h)) + self.expanded(h)),
     "reshaped": lambda self, h: self.norm(
@@ -115,6 +116,7 @@ ONE_BY_ONE = {
     "turned round": lambda self, h: self.norm(self.expanded(h).flip(0)),
     "rows of several": lambda self, h: self.norm(self.expanded(h).reshape(-1, 4)).reshape(len(h), 2, 4),
     "written to": written_to,
+    "plus what is made for one": lambda self, h: self.norm(self.expanded(h) + torch.ones(1, 2, 4).to(h)),
     "plus what is made": lambda self, h: self.norm(self.expanded(h) + torch.ones(len(h), 2, 4).to(h)),
 }
 BY_CHANCE = {"heads first": heads_first, "per head": per_head}
