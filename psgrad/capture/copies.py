@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psgrad.capture.computed import Operand
 from psgrad.layers import LayerRule
 
-__all__ = ["Record", "Use", "own_copies"]
+__all__ = ["Copies", "Record", "Use", "own_copies"]
 
 Record = Callable[[nn.Parameter, Tensor], None]
 """Takes a parameter's gradient `[N, *shape]`."""
@@ -43,3 +43,42 @@ class _Expand(torch.autograd.Function):
         if grad is not None:
             ctx.hand_over(grad)
         return None, None, None, None
+
+
+class Copies:
+    """Makes all samples' copies of parameters.
+
+    Parameters
+    ----------
+    record, anchor
+        As for `own_copies`.
+    samples
+        N.
+    numbers
+        If given, one of each sample: copies are told apart by noise of that number. Where a result of one
+        sample moves as another's copy does, the gradient of that copy is not the other's alone.
+
+    """
+
+    SHARE = 0.1
+    """Of the largest entry, that copies are told apart by."""
+
+    def __init__(
+        self, record: Record, samples: int, anchor: Tensor, numbers: Sequence[int] | None = None
+    ) -> None:
+        self.samples = samples
+        self._record, self._anchor = record, anchor
+        self._numbers = numbers
+
+    def of(self, p: nn.Parameter) -> Tensor:
+        """Return every sample's copy of a parameter, `[N, *shape]`."""
+        return self.apart(own_copies(self._record, p, self.samples, self._anchor))
+
+    def apart(self, copies: Tensor) -> Tensor:
+        """Return copies `[N, *shape]`, told apart if they are to be."""
+        if self._numbers is None:
+            return copies
+        shape, generator = copies.shape[1:], torch.Generator()
+        noise = [torch.randn(shape, generator=generator.manual_seed(n)) for n in self._numbers]
+        largest = copies.detach().abs().amax() if copies.numel() else copies.new_zeros(())
+        return copies + self.SHARE * torch.where(largest > 0, largest, 1) * torch.stack(noise).to(copies)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from psgrad.capture.alone import OfParameters
 from psgrad.capture.attention import attention
 from psgrad.capture.computed import Made, Operand
-from psgrad.capture.copies import Record, Use, own_copies
+from psgrad.capture.copies import Copies, Use
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
 from psgrad.capture.leaves import leaves_in
 from psgrad.capture.recurrent import RECURRENT
@@ -65,14 +65,12 @@ class Direct:
 
     Parameters
     ----------
-    rows, rows_per_sample
-        N K and K.
-    record
-        Called in backward with a parameter and its `[N, *shape]` gradient, once.
+    rows
+        N K.
+    copies
+        Makes all samples' copies of parameters.
     by_rule
         See `Use`; of an input whose axis 0 is the batch.
-    anchor
-        A scalar that requires grad.
     error
         Makes what an unknown use raises.
     tell
@@ -83,22 +81,18 @@ class Direct:
     def __init__(
         self,
         rows: int,
-        rows_per_sample: int,
-        record: Record,
+        copies: Copies,
         by_rule: Use,
-        anchor: Tensor,
         error: UnknownUse,
         tell: Callable[[str, Tensor], None],
     ) -> None:
         self._error = error
         self._tell = tell
         self._rows = rows
-        self._rows_per_sample = rows_per_sample
-        self._record = record
-        self._anchor = anchor
+        self._copies = copies
         self._by_rule = by_rule
         self._stand_ins: dict[nn.Parameter, StandIn] = {}
-        self._of = OfParameters(self._own_copies)
+        self._of = OfParameters(copies.of)
         self._expanded: dict[Tensor, Tensor] = {}
         self._module: nn.Module | None = None
         self._inputs: list[Any] = []
@@ -156,7 +150,7 @@ class Direct:
 
     def computed(self, copies: Tensor, source: Layer | None) -> StandIn:
         """Stand in for a tensor of which every sample has a copy, `[N, *shape]`."""
-        return StandIn.of(self, self._of.of_copies(copies), source=source)
+        return StandIn.of(self, self._of.of_copies(self._copies.apart(copies)), source=source)
 
     def use(self, stand_in: StandIn, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what torch was called for with a stand-in.
@@ -254,9 +248,6 @@ class Direct:
     def _tell_of(self, t: Tensor) -> None:
         self._tell(type(self._module).__name__, t)
 
-    def _own_copies(self, p: nn.Parameter) -> Tensor:
-        return own_copies(self._record, p, self._rows // self._rows_per_sample, self._anchor)
-
     def _copies_of(self, value: Tensor) -> Tensor:
         """Every sample's copy, `[N, *shape]`."""
         try:
@@ -268,8 +259,9 @@ class Direct:
         """Every row's copy, `[(N K), *shape]`."""
         if value not in self._expanded:
             copies = self._copies_of(value)
-            if self._rows_per_sample > 1:  # N.. -> (NK)..
-                copies = copies.unsqueeze(1).expand(-1, self._rows_per_sample, *value.shape).flatten(0, 1)
+            if self._rows > len(copies):  # N.. -> (NK)..
+                each = self._rows // len(copies)
+                copies = copies.unsqueeze(1).expand(-1, each, *value.shape).flatten(0, 1)
             self._expanded[value] = copies
         return self._expanded[value]
 

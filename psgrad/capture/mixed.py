@@ -16,9 +16,9 @@ from psgrad.tensors_in import tensors_in
 
 __all__ = ["Batch", "refuse_mixed"]
 
-Run = Callable[[Any, Any, int], tuple[Any, list[tuple[str, Tensor]]]]
-"""Runs the whole model on args and kwargs of so many rows; tells what else has the batch in axis 0, and
-what it says if one sample's rows there depend on another's."""
+Run = Callable[[Any, Any, int, tuple[int, ...]], tuple[Any, list[tuple[str, Tensor]]]]
+"""Runs the whole model on args and kwargs of so many rows, which are of these samples; tells what else has
+the batch in axis 0, and what it says if one sample's rows there depend on another's."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ def refuse_mixed(module: nn.Module, run: Run, batch: Batch, of_samples: Callable
     """Raise if a result of the model for one sample depends on another sample, or a layer's row does.
 
     Only real samples are tried, three at most, in five runs of two; only what has the batch in axis 0 is
-    looked at. A layer's rows may be others than the samples' though results are not: where a model sorts its
-    batch, and puts it back. What moves by no more than rounding, or also between two runs alike, and what
-    draws random numbers by need (`nn.RReLU`), says nothing. `psgrad.check_rows_independent` looks closer.
+    looked at. With a sample, its copies of parameters are exchanged. A layer's rows may be others than the
+    samples' though results are not: where a model sorts its batch, and puts it back. What moves by no more
+    than rounding, or also between two runs alike, and what draws random numbers by need (`nn.RReLU`), says
+    nothing. `psgrad.check_rows_independent` looks closer.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ class _Results:
         self.samples = samples
         two = 2 * batch.rows_per_sample
         with without_trace(module):
-            out, taken = run(*batch.of(samples), two)
+            out, taken = run(*batch.of(samples), two, samples)
             self._random = torch.get_rng_state()
         results = tensors_in(out)
         found = [(RESULT, t) for i, t in enumerate(results) if of_samples(i)]

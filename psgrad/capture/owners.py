@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from psgrad.capture.copies import Record, Use
+from psgrad.capture.copies import Copies, Record, Use
 from psgrad.capture.direct import Direct, UnknownUse, UnknownUseError, unknown_use
 from psgrad.capture.functions import BY_OFFSETS
 from psgrad.capture.learning import Learning, Run
@@ -92,6 +92,7 @@ class Owners:
         self.region: Region | None = None
         self.as_it_is = False
         self._told: Told | None = None
+        self._samples: Sequence[int] | None = None  # whose copies of parameters are told apart
         self._without_batch: dict[str, dict[int, torch.Size]] = {}  # results by region; see `_with_batch`
 
     def is_region(self, path: str) -> bool:
@@ -106,17 +107,20 @@ class Owners:
         """Run the module one sample at a time from now on."""
         self._as_a_whole[path] = False
 
-    def run_and_tell(self, run: Run, args: Any, kwargs: Any, rows: int) -> tuple[Any, Told]:
+    def run_and_tell(
+        self, run: Run, args: Any, kwargs: Any, rows: int, samples: Sequence[int]
+    ) -> tuple[Any, Told]:
         """Run the whole model; return also what is taken for the batch, with what it would say of mixing.
 
-        These are the inputs of layers, and what regions would return if they were none.
+        These are the inputs of layers, and what regions would return if they were none. Copies of parameters
+        that meet the batch as a whole are told apart by the numbers of their `samples`.
         """
         told: Told = []
-        self._told = told
+        self._told, self._samples = told, samples
         try:
             return run(args, kwargs, rows), told
         finally:
-            self._told = None
+            self._told = self._samples = None
 
     def tell(self, where: object, t: Tensor, why: str = OTHER_ORDER) -> None:
         """Tell, if somebody listens, what is taken for the batch, and what it would say of mixing."""
@@ -296,9 +300,9 @@ class Owners:
 
     def direct(self, rows: int, error: UnknownUse = unknown_use) -> Direct:
         """Return what runs on the batch as a whole, of so many rows; see `Direct`."""
-        return Direct(
-            rows, self._rows_per_sample, self._recording(), self._use, self._anchor, error, self.tell
-        )
+        samples = rows // self._rows_per_sample
+        copies = Copies(self._recording(), samples, self._anchor, self._samples)
+        return Direct(rows, copies, self._use, error, self.tell)
 
 
 def _of_packed(layer: Layer, args: Any) -> Callable[..., Any] | None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psgrad import PerSampleGrads, clip_per_sample
+from psgrad import PerSampleGrads, RefusedModelError, clip_per_sample
 from psgrad.capture.row_by_row import is_row_by_row
 from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
@@ -201,6 +201,32 @@ def test_weights_of_a_child_as_queries():
     torch.manual_seed(0)
     model = nn.Sequential(Queried(), nn.Linear(4, 2)).double()
     assert assert_exact(model, torch.randn(6, 5, 3, dtype=torch.double)) == ()
+
+
+class Distances(nn.Module):
+    """Every sample's to every sample's copy: no sample is in another's result, but its copy is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.prototype = nn.Parameter(torch.randn(4))
+        self.given = None
+
+    def forward(self, x):
+        h = self.inner(x)
+        copies = self.prototype.expand(len(h), 4)
+        if self.given == "a layer":
+            copies = self.inner(copies[:, :3])
+        return h * torch.cdist(h, copies).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("given", [None, "a layer"])
+def test_copies_of_other_samples_are_not_used(given):
+    torch.manual_seed(0)
+    model = nn.Sequential(Distances(), nn.Linear(4, 2)).double()
+    model[0].given = given
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="mixes samples"):
+        model(torch.randn(4, 3, dtype=torch.double))
 
 
 T = torch.randn(3, 4, 2, 5)
