@@ -88,11 +88,11 @@ def refuse_mixed(module: nn.Module, run: Run, batch: Batch, of_samples: Callable
         for other in runs:
             if not results.comparable(other):
                 return
-            where = results.moved(other)
-            if where is not None and samples == other.samples:
+            places = results.moved(other)
+            if places and samples == other.samples:
                 return
-            if where is not None:
-                raise RefusedModelError(_why(module, where, batch))
+            if places:
+                raise RefusedModelError(_why(module, places, batch))
         runs = [*runs[:1], results]
 
 
@@ -126,11 +126,11 @@ class _Results:
         shapes = ([(where, t.shape) for where, t in results._tensors] for results in (self, other))
         return torch.equal(self._random, other._random) and len({str(found) for found in shapes}) == 1
 
-    def moved(self, other: _Results) -> str | None:
+    def moved(self, other: _Results) -> list[str]:
         """Where a sample that both have in the same place differs by more than rounding, results first."""
         same = [n for n in range(2) if self.samples[n] == other.samples[n]]
         pairs = zip(self._tensors, other._tensors, strict=True)
-        return next((where for (where, a), (_, b) in pairs if any(_differ(a[n], b[n]) for n in same)), None)
+        return [where for (where, a), (_, b) in pairs if any(_differ(a[n], b[n]) for n in same)]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -141,10 +141,10 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return not torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _why(module: nn.Module, where: str, batch: Batch) -> str:
-    """Name the submodule that mixes, if it is to be found."""
-    if where != RESULT:
-        return where
+def _why(module: nn.Module, places: list[str], batch: Batch) -> str:
+    """Name the submodule that mixes, if it is to be found; or where rows are others than the samples'."""
+    if places[0] != RESULT:
+        return places[0]
     first, second = batch.others
     runs = [
         (torch.tensor(changed, device="cpu"), batch.of(samples))
@@ -158,8 +158,10 @@ def _why(module: nn.Module, where: str, batch: Batch) -> str:
         why = why_mixed(module, runs, list(module.buffers()))
     except ConfigError:
         why = None
-    return why or (
-        f"{type(module).__name__} mixes samples: one's output moved when another was exchanged. Compute "
+    return (
+        why
+        or next(filter(None, places), None)
+        or f"{type(module).__name__} mixes samples: one's output moved when another was exchanged. Compute "
         "over other axes than the batch (axis 0), normalise with GroupNorm or LayerNorm, or use its eval() "
         "mode; psgrad.check_rows_independent(model, inputs) looks for the submodule."
     )

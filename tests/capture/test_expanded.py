@@ -225,7 +225,7 @@ def test_copies_of_other_samples_are_not_used(given):
     torch.manual_seed(0)
     model = nn.Sequential(Distances(), nn.Linear(4, 2)).double()
     model[0].given = given
-    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="mixes samples"):
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match="or mixed: which row is whose"):
         model(torch.randn(4, 3, dtype=torch.double))
 
 
