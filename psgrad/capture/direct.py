@@ -125,6 +125,8 @@ class Direct:
         """Let go of them; stand-ins are of no use afterwards."""
         self._over = True
         self._module, self._inputs = None, []
+        self._stand_ins.clear()
+        self._expanded.clear()
 
     def returned(self, out: Any) -> Any:
         """Return what the run that is over returned, with what was expanded over the batch as its copies.
