@@ -103,5 +103,7 @@ def _mask(of_positions: Any, of_keys: Any, rows: int, heads: int, dtype: torch.d
             raise ValueError("attention with a mask that may not be of samples")
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
-        found.append(mask if shared else mask.unflatten(0, (rows, -1)) if ndim == 3 else mask[:, None, None])
+        found.append(
+            mask if shared else mask.unflatten(0, (rows, heads)) if ndim == 3 else mask[:, None, None]
+        )
     return sum(found[1:], found[0]) if found else None

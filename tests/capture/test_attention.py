@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from psgrad import PerSampleGrads, clip_per_sample
-from tests.model_oracle import assert_clipped
+from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
 NO_WEIGHTS = {"need_weights": False}
@@ -116,6 +116,46 @@ def test_exact(name, batch_first, rows, rows_per_sample):
             torch.testing.assert_close(model(x), before)
     regions = assert_clipped(model, x, clip_per_sample, rows_per_sample)
     assert (regions == ()) is known
+
+
+# PyTorch's own attention takes no empty batch with a mask, unless its weights are asked for
+@pytest.mark.parametrize(
+    ("name", "takes_none"),
+    [
+        ("both left out", False),
+        ("to others, weights", True),
+        ("of samples and heads", False),
+        ("plain", True),
+    ],
+)
+def test_one_sample_then_none_then_strided(name, takes_none):
+    model, _ = model_of(name, batch_first=True)
+    with PerSampleGrads(model) as handle:
+        x = torch.randn(3, 5, 6, dtype=torch.double)[..., ::2]
+        for batch in (x[:1], *([x[:0]] if takes_none else []), x):
+            expected = grads_one_by_one(model, squared_loss, [batch]) if len(batch) else None
+            out = model(batch)
+            (squared_loss(model, batch) if len(batch) else out.sum()).backward()
+            for path, p in model.named_parameters():
+                if p.requires_grad and expected is not None:
+                    torch.testing.assert_close(p.grad_sample, expected[path])
+                elif p.requires_grad:
+                    assert p.grad_sample.shape == (0, *p.shape)
+        assert handle.regions == ()
+
+
+@pytest.mark.parametrize("name", ["both left out", "weights, left out", "added to keys", "three inputs"])
+def test_under_autocast(name):
+    model, _ = model_of(name, batch_first=True)
+    model, x = model.float(), torch.randn(6, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        with PerSampleGrads(model) as handle:
+            out = model(x)
+            assert handle.regions == ()
+            out.float().square().flatten(1).sum(1).mean().backward()
+    torch.testing.assert_close(out.float(), before.float(), rtol=0.05, atol=0.05)
+    assert all(p.grad_sample.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["weights", "plain"])
