@@ -159,8 +159,8 @@ class GradNorms:
         return outliers(norms[member], factor)
 
     @property
-    def regions(self) -> tuple[str, ...]:
-        """Paths of the modules that run one sample at a time, under `torch.vmap`, which costs time.
+    def regions(self) -> dict[str, str]:
+        """By path, the modules that run one sample at a time, under `torch.vmap`, which costs time, and why.
 
         They use parameters of their own in a way that is not known to keep samples apart. The first batch
         tells; before, these are all that might. Of an ensemble none: its `plan` says what runs how.

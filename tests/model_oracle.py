@@ -43,4 +43,4 @@ def assert_clipped(model, x, handle_of, rows_per_sample=1, **options):
             for path, p in model.named_parameters():
                 if p.requires_grad:
                     torch.testing.assert_close(p.grad, torch.tensordot(factors, expected[path], 1))
-        return clip.regions
+        return list(clip.regions)

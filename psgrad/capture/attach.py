@@ -30,8 +30,8 @@ class Attached(Protocol):
         """Axis of the samples in contributions: 0 of `[N, *shape]`, 1 of an ensemble's `[K, N, *shape]`."""
 
     @property
-    def regions(self) -> tuple[str, ...]:
-        """Paths of the modules that run one sample at a time, as far as is known."""
+    def regions(self) -> dict[str, str]:
+        """By path, the modules that run one sample at a time, as far as is known, and why."""
 
     def remove(self) -> None:
         """Give the module back as it was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -83,7 +83,7 @@ def refuse_unseen(args: Any, kwargs: Any) -> None:
         )
 
 
-def refuse_transformed(layer: Layer, regions: Sequence[str]) -> NoReturn:
+def refuse_transformed(layer: Layer, regions: Iterable[str]) -> NoReturn:
     """Say whose transform made what a layer was given outside of a region: one of these, or the user's.
 
     Raises

@@ -142,8 +142,8 @@ class Capture:
     """See `psgrad.capture.attach.Attached`."""
 
     @property
-    def regions(self) -> tuple[str, ...]:
-        """Paths of the modules that run one sample at a time; before a batch, of all that may have to."""
+    def regions(self) -> dict[str, str]:
+        """By path, the modules that run one sample at a time, and why; before a batch, all that may be."""
         return self._layers.regions(self._own)
 
     def again(self, take: Callable[[Contribution], None], *, keep: bool) -> None:
@@ -259,7 +259,7 @@ class Capture:
                         check_rows(out, rows, args, kwargs)
                     return out
                 except OtherRowsError as error:
-                    if self._widen(error.layer.path) is None:
+                    if self._widen(error.layer.path, str(error)) is None:
                         raise
         finally:
             self._root_rows = before  # a submodule called on its own may have another batch
@@ -268,11 +268,11 @@ class Capture:
         root = self._layers.model
         return self._run_layer(root, forward, args, kwargs) if root else forward(*args, **kwargs)
 
-    def _widen(self, path: str) -> Layer | None:
-        return self._layers.widen(path, self._own)
+    def _widen(self, path: str, why: str) -> Layer | None:
+        return self._layers.widen(path, self._own, why)
 
-    def _enclose(self, path: str) -> Layer | None:
-        return self._layers.enclose(path, self._own)
+    def _enclose(self, path: str, why: str) -> Layer | None:
+        return self._layers.enclose(path, self._own, why)
 
     def _run_layer(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one layer, captured if gradients are being recorded.

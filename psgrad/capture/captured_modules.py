@@ -54,12 +54,12 @@ class CapturedModules:
             unshadow_forward(layer.module)
         self._layers.clear()
 
-    def regions(self, own: Owners) -> tuple[str, ...]:
-        """Paths of the modules that run one sample at a time, without those inside of others."""
+    def regions(self, own: Owners) -> dict[str, str]:
+        """By path, the modules that run one sample at a time, without those inside of others, and why."""
         found = [path for path, layer in self._layers.items() if layer.rule is None and own.is_told(path)]
-        return tuple(path for path in found if not any(is_inside(path, other) for other in found))
+        return {path: own.why(path) for path in found if not any(is_inside(path, other) for other in found)}
 
-    def widen(self, path: str, own: Owners) -> Layer | None:
+    def widen(self, path: str, own: Owners, why: str) -> Layer | None:
         """Make the next module around this one a region, where all rows are one sample's; None if none is."""
         for around, module in self._around(path):
             layer = self._layers.get(around)
@@ -67,17 +67,17 @@ class CapturedModules:
                 self._attach(layer := Layer(around, module, None))
             elif layer.rule is not None or own.is_region(around):
                 continue
-            own.make_region(around)
+            own.make_region(around, why)
             return layer
         return None
 
-    def enclose(self, path: str, own: Owners) -> Layer | None:
+    def enclose(self, path: str, own: Owners, why: str) -> Layer | None:
         """Run the next module around this one as one that uses its parameters itself; or widen if all do."""
         for around, module in self._around(path):
             if around not in self._layers:
                 self._attach(layer := Layer(around, module, None))
                 return layer
-        return self.widen(path, own)
+        return self.widen(path, own, why)
 
     def _around(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules around a path that are called, from the inside."""

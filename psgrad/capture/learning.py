@@ -18,8 +18,11 @@ __all__ = ["Learning", "Run"]
 Run = Callable[[Any, Any, int], Any]
 """Runs the whole model on args and kwargs of so many rows."""
 
-Around = Callable[[str], Layer | None]
-"""Does something to the next module around a path, and returns it; None if there is none left."""
+Around = Callable[[str, str], Layer | None]
+"""Does something to the next module around a path, for a reason, and returns it; None if none is left."""
+
+NOT_AS_THE_BATCH = "an input's axis 0 is not the batch, but may hold it (windows as rows, time first)"
+USED_ELSEWHERE = "a parameter is used by a module around"
 
 
 class Learning:
@@ -118,13 +121,13 @@ class Learning:
         self.trying = True
         try:
             while found := self._try_out(run, args, kwargs, rows, layout):
-                change, paths = found
+                change, paths, why = found
                 changed: list[nn.Module] = []
                 for path in paths:
                     inner = self._module.get_submodule(path)
                     if any(inner in set(module.modules()) for module in changed):
                         continue
-                    if (layer := change(path)) is not None:
+                    if (layer := change(path, f"{path!r}: {why}")) is not None:
                         changed.append(layer.module)
                 if not changed:
                     break  # what cannot be captured is refused in backward, by name
@@ -133,8 +136,8 @@ class Learning:
 
     def _try_out(
         self, run: Run, args: Any, kwargs: Any, rows: int, layout: Layout
-    ) -> tuple[Around, list[str]] | None:
-        """Return paths of what must run in another way, and what to do with the modules around."""
+    ) -> tuple[Around, list[str], str] | None:
+        """Return what to do with the modules around, the paths of what must run in another way, and why."""
         self._inputs.forget()
         self._results.clear()
         failed: Exception | None = None
@@ -146,15 +149,15 @@ class Learning:
                 elsewhere = self._used_elsewhere(run, some_args, some_kwargs, some)
             except Exception as error:  # whatever a model may raise; the other trial may tell why
                 if around := self._inputs.multiples() or self._inputs.partly_batched():
-                    return self._widen, around
+                    return self._widen, around, NOT_AS_THE_BATCH
                 failed = error
                 continue
             if elsewhere:
-                return self._enclose, elsewhere
+                return self._enclose, elsewhere, USED_ELSEWHERE
         if failed is not None:
             raise failed
         grown = self._inputs.grown()
-        return (self._widen, grown) if grown else None
+        return (self._widen, grown, NOT_AS_THE_BATCH) if grown else None
 
     def _used_elsewhere(self, run: Run, args: Any, kwargs: Any, rows: int) -> list[str]:
         """Run, and return the owners of parameters that the graph shows used outside of what is captured."""

@@ -21,7 +21,7 @@ from psgrad.capture.recurrent import PACKED, run_packed
 from psgrad.capture.region import Region, first_rows
 from psgrad.capture.results import results_as_it_is, with_batch, without_batch
 from psgrad.capture.survey import OPAQUE, Layer, OtherRowsError
-from psgrad.errors import CaptureError, RefusedModelError, ShapeError
+from psgrad.errors import CaptureError, PsgradError, RefusedModelError, ShapeError
 from psgrad.independence import check_samples_apart
 
 __all__ = ["Owners"]
@@ -88,6 +88,7 @@ class Owners:
         self._use = use
         self._anchor = anchor
         self._as_a_whole: dict[str, bool] = {}  # by path, once it is known
+        self._why: dict[str, str] = {}  # by path, of those that are not
         self._inside = False  # of a module that is being tried, whose check looks at all inside of it
         self.region: Region | None = None
         self.as_it_is = False
@@ -103,9 +104,14 @@ class Owners:
         """Whether to tell that the module runs one sample at a time: if it has, or may have to."""
         return not self._as_a_whole.get(path, self._learning.done)
 
-    def make_region(self, path: str) -> None:
+    def make_region(self, path: str, why: str) -> None:
         """Run the module one sample at a time from now on."""
         self._as_a_whole[path] = False
+        self._why[path] = why
+
+    def why(self, path: str) -> str:
+        """Why the module runs one sample at a time, if it does."""
+        return self._why.get(path, "no batch has told yet")
 
     def run_and_tell(
         self, run: Run, args: Any, kwargs: Any, rows: int, samples: Sequence[int]
@@ -168,11 +174,11 @@ class Owners:
         batched = self._learning.batched(layer.path, lengths, rows)
         if rows and not self.is_region(layer.path):
             run_whole = self._try_whole if self._learning.trying else self._run_whole
-            done, out = run_whole(layer, forward, args, kwargs, rows)
-            if done:
+            why, out = run_whole(layer, forward, args, kwargs, rows)
+            if why is None:
                 self._learning.ran_whole(layer.path)
                 return out
-            self.make_region(layer.path)
+            self.make_region(layer.path, why)
         if of_packed:
             raise RefusedModelError(f"{layer} {PACKED}")
         if not batched:
@@ -180,11 +186,13 @@ class Owners:
         for i, t in _tensors(args, kwargs):
             if i in batched:
                 self.tell(layer, t)
-        if rows:
-            self.make_region(layer.path)  # which it is already, or is from now on as no trial came here
+        if rows and layer.path not in self._as_a_whole:
+            self.make_region(layer.path, "the trials of the first batch did not come here")
         trying, asked = self._learning.trying, self._told is not None
         results = self._as_it_is(layer, forward, args, kwargs) if trying or asked else []
-        self.region = Region(str(layer), layer.module, self._recording(), self._use, self._anchor)
+        self.region = Region(
+            str(layer), self.why(layer.path), layer.module, self._recording(), self._use, self._anchor
+        )
         try:
             out = self.region.run(forward, args, kwargs, batched, rows, self._rows_per_sample)
         finally:
@@ -250,8 +258,8 @@ class Owners:
 
     def _try_whole(
         self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int
-    ) -> tuple[bool, Any]:
-        """Return whether it is safe, and what it returned.
+    ) -> tuple[str | None, Any]:
+        """Return why it is not known to be safe, None if it is, and what it returned.
 
         Raises
         ------
@@ -270,16 +278,16 @@ class Owners:
             self._as_a_whole = known
             if isinstance(error, OtherRowsError):
                 raise
-            return False, None
+            return _reason(error), None
         finally:
             self._inside = inside
         self._as_a_whole[layer.path] = True
-        return True, out
+        return None, out
 
     def _run_whole(
         self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int
-    ) -> tuple[bool, Any]:
-        """Return whether all uses were known, and what it returned.
+    ) -> tuple[str | None, Any]:
+        """Return which use was not known, None if all were, and what it returned.
 
         Raises
         ------
@@ -289,10 +297,10 @@ class Owners:
         """
         versions = [t._version for _, t in _tensors(args, kwargs)]
         try:
-            return True, self.direct(rows).run(layer.module, forward, args, kwargs)
+            return None, self.direct(rows).run(layer.module, forward, args, kwargs)
         except UnknownUseError as error:
             if versions == [t._version for _, t in _tensors(args, kwargs)]:
-                return False, None
+                return _reason(error), None
             raise CaptureError(
                 f"{layer}: {error}. It did not on the first batch, and has written to its input before it "
                 "came there: let the first batch take this branch, or copy the input."
@@ -303,6 +311,12 @@ class Owners:
         samples = rows // self._rows_per_sample
         copies = Copies(self._recording(), samples, self._anchor, self._samples)
         return Direct(rows, copies, self._use, error, self.tell)
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says, in a line."""
+    found = " ".join(str(error).split())
+    return found if isinstance(error, PsgradError) else f"{type(error).__name__}: {found}"
 
 
 def _of_packed(layer: Layer, args: Any) -> Callable[..., Any] | None:

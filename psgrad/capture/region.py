@@ -41,8 +41,8 @@ class Region:
 
     Parameters
     ----------
-    name
-        Of the module, for messages.
+    name, why
+        Of the module, and why it is not run as a whole, for messages.
     module
         Any module whose forward `torch.vmap` can run, with every layer that has a rule called through
         `outside`.
@@ -55,8 +55,11 @@ class Region:
 
     """
 
-    def __init__(self, name: str, module: nn.Module, record: Record, use: Use, anchor: Tensor) -> None:
+    def __init__(
+        self, name: str, why: str, module: nn.Module, record: Record, use: Use, anchor: Tensor
+    ) -> None:
         self._name = name
+        self._why = why
         self._module = module
         self._record = record
         self._use = use
@@ -131,8 +134,8 @@ class Region:
             raise
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as err:
             raise RefusedModelError(
-                f"{self._name} has no psgrad rule and torch.vmap could not run it one sample at a time: "
-                f"{err}\n"
+                f"{self._name} has to run one sample at a time, and torch.vmap could not: {err}\n"
+                f"It has to because: {self._why}.\n"
                 "Build it from layers that have a rule, or freeze its parameters."
             ) from err
         finally:

@@ -139,7 +139,7 @@ def grads_unused(model, x):
 def test_every_use(name, rows, rows_per_sample):
     x = torch.randn(rows, 5, 3, dtype=torch.double)
     regions = assert_exact(model_of((KNOWN | UNKNOWN)[name]), clip_per_sample, x, rows_per_sample)
-    assert regions == (() if name in KNOWN else ("0",))
+    assert regions == ([] if name in KNOWN else ["0"])
 
 
 def test_a_use_that_only_a_later_batch_has():
@@ -152,11 +152,11 @@ def test_a_use_that_only_a_later_batch_has():
     x = torch.randn(6, 5, 3, dtype=torch.double)
     with PerSampleGrads(model[0]) as handle:
         squared_loss(model[0], x).backward()
-        assert handle.regions == ()
+        assert handle.regions == {}
         model[0].late = True
         expected = grads_one_by_one(model[0], squared_loss, [x])
         squared_loss(model[0], x).backward()
-        assert handle.regions == ("",)
+        assert list(handle.regions) == [""]
         for path, p in model[0].named_parameters():
             if p.grad_sample is not None and expected[path] is not None:
                 torch.testing.assert_close(p.grad_sample, expected[path])
@@ -167,7 +167,7 @@ def test_a_use_that_only_a_later_batch_has_after_an_input_was_written_to():
     x = torch.randn(4, 3, dtype=torch.double)
     with PerSampleGrads(model) as handle:
         squared_loss(model, x).backward()
-        assert handle.regions == ()
+        assert handle.regions == {}
         model.scaled.late = True
         with pytest.raises(CaptureError, match=r"scaled \(Scaled\): tensordot .*copy the input"):
             model(x)
@@ -198,7 +198,7 @@ def test_mixing_that_a_factor_of_zero_hides():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), HiddenBehindZeros(), nn.Linear(3, 2)).double()
     x = torch.randn(4, 3, dtype=torch.double)
-    assert assert_exact(model, clip_per_sample, x) == ("1",)
+    assert assert_exact(model, clip_per_sample, x) == ["1"]
 
 
 def test_a_stand_in_that_a_module_keeps_is_not_used_again():
@@ -222,7 +222,7 @@ def test_a_checkpoint_around_a_direct_use():
         def forward(self, x):
             return checkpoint(self.inside, x, use_reentrant=False) * self.scale
 
-    assert assert_exact(Outer().double(), clip_per_sample, torch.randn(4, 5, 3, dtype=torch.double)) == ()
+    assert assert_exact(Outer().double(), clip_per_sample, torch.randn(4, 5, 3, dtype=torch.double)) == []
 
 
 @pytest.mark.parametrize("name", ["scale", "function", "part", "expanded once computed"])
@@ -232,7 +232,7 @@ def test_empty_batch_of_a_direct_use(name):
         squared_loss(model, torch.randn(4, 5, 3, dtype=torch.double)).backward()
         model.zero_grad()
         model(torch.randn(0, 5, 3, dtype=torch.double)).sum().backward()
-        assert handle.regions == ()
+        assert handle.regions == {}
     used = [p.grad_sample for p in model[0].parameters() if p.grad_sample is not None]
     assert len(used) > 2
     assert {len(grads) for grads in used} == {0}

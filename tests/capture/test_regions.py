@@ -1,5 +1,7 @@
 """Regions: what runs one sample at a time, whatever it does with its parameters and rows, is exact."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -131,6 +133,57 @@ def test_what_the_first_batch_tells_of_regions(name, regions, rows):
         assert set(handle.regions) == regions
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "why"),
+    [
+        ("tied by function", "", "^tensordot is not known to keep the samples apart$"),
+        ("frames", "", r"^conv \(Conv2d\): called with \d+ rows"),
+        ("bias from a table", "", r"^bias \(Sequential\): no input has the batch's"),
+        ("windows and a query", "block", r"^block.attention \(Attention\): returns "),
+    ],
+)
+def test_why_a_module_runs_one_sample_at_a_time(name, path, why):
+    model, x = make(name)
+    with PerSampleGrads(model) as handle:
+        assert set(handle.regions.values()) <= {"no batch has told yet"}
+        squared_loss(model, x).backward()
+        assert re.search(why, handle.regions[path])
+
+
+class Scaled(nn.Module):
+    """Uses its parameter in a way that is known, or as `other` does where there is one."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.other = other
+
+    def forward(self, x):
+        return x * self.scale if self.other is None else self.other(x, self.scale)
+
+
+def test_why_is_told_of_errors_that_are_not_of_psgrad_too():
+    def other(x, scale):
+        if type(scale).__name__ == "StandIn":
+            raise AttributeError("no  such\nthing")
+        return x * scale
+
+    model = nn.Sequential(Scaled(other))
+    with PerSampleGrads(model) as handle:
+        model(torch.randn(4, 3))
+        assert handle.regions == {"0": "AttributeError: no such thing"}
+
+
+def test_why_is_told_of_what_only_a_later_batch_does():
+    model = nn.Sequential(Scaled(None), nn.Linear(3, 2))
+    with PerSampleGrads(model) as handle:
+        model(torch.randn(4, 3))
+        assert handle.regions == {}
+        model[0].other = lambda x, scale: torch.tensordot(x, scale, 1)[:, None].expand(-1, 3)
+        model(torch.randn(4, 3))
+        assert handle.regions == {"0": "tensordot is not known to keep the samples apart"}
+
+
 class WithParameters(nn.Module):
     """Returns what is made of parameters alone beside its output: for a center loss, or a penalty."""
 
@@ -161,7 +214,11 @@ def test_a_number_that_the_model_returns_is_refused():
         model(torch.randn(5, 3))
 
 
-def test_what_vmap_cannot_run_is_refused_by_name_with_a_way_out():
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [(lambda model, x: model(x), "tensordot is"), (lambda model, x: model[0](x), "the trials of the first")],
+)
+def test_what_vmap_cannot_run_is_refused_by_name_with_a_way_out(call, why):
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,12 +227,10 @@ def test_what_vmap_cannot_run_is_refused_by_name_with_a_way_out():
         def forward(self, x):
             return torch.tensordot(x, self.scale, 1) * x.sum().item()
 
-    model = nn.ModuleDict({"counts": Counts()})
-    with (
-        PerSampleGrads(model),
-        pytest.raises(RefusedModelError, match=r"counts \(Counts\)(?s:.*)layers that have a rule"),
-    ):
-        model["counts"](torch.randn(2, 3))
+    model = nn.Sequential(Counts())
+    says = rf"0 \(Counts\)(?s:.*)because: {why}(?s:.*)layers that have a rule"
+    with PerSampleGrads(model), pytest.raises(RefusedModelError, match=says):
+        call(model, torch.randn(2, 3))
 
 
 def test_stochastic_depth_in_a_region_draws_for_every_sample():

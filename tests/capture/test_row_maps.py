@@ -136,7 +136,7 @@ def never_carried(monkeypatch):
 def test_exact_without_carrying(compute, layer, rows_per_sample, follow):
     torch.manual_seed(3)
     model = OneLayer(layer, compute, bias=rows_per_sample == 1, follow=follow).double()
-    assert assert_clipped(model, model.batch(5 * rows_per_sample), clip_per_sample, rows_per_sample) == ()
+    assert assert_clipped(model, model.batch(5 * rows_per_sample), clip_per_sample, rows_per_sample) == []
 
 
 @pytest.mark.usefixtures("never_carried")

@@ -94,8 +94,10 @@ class MemberCapture:
     sample_axis = 1
     """Of the samples in contributions, `[K, N, *shape]`."""
 
-    regions = ()
-    """See `psgrad.capture.attach.Attached`: what runs how is in the ensemble's plan."""
+    @property
+    def regions(self) -> dict[str, str]:
+        """See `psgrad.capture.attach.Attached`: what runs how is in the ensemble's plan."""
+        return {}
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
