@@ -46,6 +46,7 @@ class OfParameters:
         self._leaves: dict[nn.Parameter, Tensor] = {}
         self._steps: dict[Tensor, _Step] = {}
         self._copies: dict[Tensor, Tensor] = {}
+        self._rearranged: set[Tensor] = set()  # of a parameter, those that have its elements in another order
 
     def of_copies(self, copies: Tensor) -> Tensor:
         """Return a value, without numbers, of which there are these copies `[N, *shape]`."""
@@ -53,8 +54,26 @@ class OfParameters:
         self._copies[value] = copies
         return value
 
-    def run(self, function: Callable[..., Any], of: Sequence[Tensor], constants: Sequence[Tensor]) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        of: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        *,
+        rearranges: bool = False,
+    ) -> Any:
         """Return what a function computes of values; tensors of the result are values again.
+
+        Parameters
+        ----------
+        function
+            Of `of`.
+        of
+            Values.
+        constants
+            Other tensors that it uses.
+        rearranges
+            Whether it is one of `psgrad.capture.rearranged.REARRANGING`.
 
         Raises
         ------
@@ -80,6 +99,8 @@ class OfParameters:
             value = given[0] if given else result  # `p.contiguous()` is p
             if not given:
                 self._steps[value] = step
+                if rearranges and value.dtype == of[0].dtype and self._has_order_only(of[0]):
+                    self._rearranged.add(value)
             step.results.append(value)
             return value
 
@@ -122,7 +143,10 @@ class OfParameters:
             return None
         if not value.requires_grad:
             return nn.Parameter(value.detach(), requires_grad=False)
-        return Made(value, {p: self._leaf(p) for p in step.parameters})
+        return Made(value, {p: self._leaf(p) for p in step.parameters}, value in self._rearranged)
+
+    def _has_order_only(self, value: Tensor) -> bool:
+        return isinstance(value, nn.Parameter) or value in self._rearranged
 
     def _leaf(self, p: nn.Parameter) -> Tensor:
         if p not in self._leaves:

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from psgrad.capture.contribution import Contribution, KeptGrads, LayerUse, PerParameter
 from psgrad.capture.functions import layer_like
+from psgrad.capture.rearranged import Rearranged
 from psgrad.capture.row_maps import RowMaps
 from psgrad.capture.row_probes import row_maps
 from psgrad.layers import LayerCall, LayerRule
@@ -60,11 +61,14 @@ class Made:
         The tensor. Its graph ends in the leaves.
     leaves
         What stands for each parameter in the graph.
+    rearranged
+        Whether it has the elements of one parameter, each once, in another order.
 
     """
 
     value: Tensor
     leaves: Mapping[nn.Parameter, Tensor]
+    rearranged: bool = False
 
 
 Operand = Made | nn.Parameter | None
@@ -93,12 +97,15 @@ class Computed:
         self._own = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
         self._leaves: dict[nn.Parameter, Tensor] = {}
         self._values: dict[nn.Parameter, Tensor] = {}
+        self._rearranged: dict[nn.Parameter, Rearranged] = {}
         for name, of in made.items():
             computed = nn.Parameter(of.value.detach(), requires_grad=of.value.requires_grad)
             layer._parameters[name] = computed
             self._leaves |= of.leaves
             if of.value.requires_grad:
                 self._values[computed] = of.value
+            if of.rearranged:
+                self._rearranged[computed] = Rearranged(*of.leaves)
 
     @classmethod
     def of(cls, settings: nn.Module, **operands: Operand) -> Computed:
@@ -114,9 +121,14 @@ class Computed:
         alone = self._values.keys() == {weight} and self._leaves.keys().isdisjoint(self._own)
         return weight if alone else None
 
+    @property
+    def rearranged(self) -> Rearranged | None:
+        """What tells norms where the weight is a parameter in another order."""
+        return None if self.weight is None else self._rearranged.get(self.weight)
+
     def norms_by_rows(self, rule: LayerRule, call: LayerCall) -> bool:
         """Whether `maps` are of use, if they are known, for norms of a call."""
-        outputs = rule.output_axis is not None and self.weight is not None
+        outputs = rule.output_axis is not None and self.weight is not None and self.rearranged is None
         return outputs and call.g.dtype.itemsize >= 4 and call.samples >= FEWEST_SAMPLES
 
     @cached_property
@@ -238,12 +250,14 @@ class Carried(Contribution):
         maps = self._maps()
         return self._sq_norms_carried() if maps is None else self._sq_norms_by(maps, output)
 
-    def _maps(self) -> RowMaps | None:
+    def _maps(self) -> RowMaps | Rearranged | None:
+        if self.computed.rearranged is not None:
+            return self.computed.rearranged
         if isinstance(self.use, LayerUse) and not self.computed.norms_by_rows(self.use.rule, self.use.call):
             return None
         return self.computed.maps
 
-    def _sq_norms_by(self, maps: RowMaps, output: Tensor | None) -> PerParameter:
+    def _sq_norms_by(self, maps: RowMaps | Rearranged, output: Tensor | None) -> PerParameter:
         plain = self.computed.weight
         assert plain is not None
         if isinstance(self.use, KeptGrads):

@@ -25,9 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from psgrad.capture.alone import OfParameters
 from psgrad.capture.attention import attention
 from psgrad.capture.computed import Made, Operand
+from psgrad.capture.contractions import CONTRACTIONS
 from psgrad.capture.copies import Copies, Use
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
 from psgrad.capture.leaves import leaves_in
+from psgrad.capture.rearranged import REARRANGING
 from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.row_by_row import is_row_by_row
 from psgrad.capture.stand_in import (
@@ -184,6 +186,10 @@ class Direct:
             return self._join(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._dot_product_attention(*args, **kwargs)
+        if func in CONTRACTIONS and any(
+            isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs)
+        ):
+            return self._in_other_terms(CONTRACTIONS[func], args, kwargs)
         return self._among_rows(func, args, kwargs)
 
     def _is_of_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -221,7 +227,8 @@ class Direct:
 
         constants = [t for i, t in enumerate(leaves) if isinstance(t, Tensor) and i not in places]
         try:
-            found = self._of.run(run, [leaves[i].value for i in places], constants)
+            values = [leaves[i].value for i in places]
+            found = self._of.run(run, values, constants, rearranges=func in REARRANGING)
         except Exception as error:  # whatever the function, or vmap, may raise
             self._refuse(f"{named(func)} of a parameter: {error}")
         return tree_map(self._instead_of, found)
@@ -351,7 +358,9 @@ class Direct:
         call = bound(func, args, kwargs)
         if isinstance(call, str):
             if any(isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs)):
-                self._refuse(call)
+                if func not in CONTRACTIONS:
+                    self._refuse(call)
+                return self._in_other_terms(CONTRACTIONS[func], args, kwargs)
             return self._among_rows(func, args, kwargs)
         (x,), _ = with_rows((call.x,), {})
         known = (call.weight, call.bias, call.x if x is not call.x else None)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psgrad.layers import RULES, LayerRule
+from psgrad.layers.grouped_linear import GroupedLinear, grouped_linear
 from psgrad.layers.linear import TransposedLinear
 
 __all__ = ["BY_OFFSETS", "FORMULAS", "FUNCTIONS", "FunctionCall", "bound", "layer_like"]
@@ -92,6 +93,13 @@ def _matrix(weight: Any) -> Any:
 
 
 _TRANSPOSED = TransposedLinear()
+
+
+def _grouped_linear(x: Any, weight: Any) -> FunctionCall:
+    return FunctionCall(_GROUPED, _settings(nn.Module), x, weight, None)
+
+
+_GROUPED = GroupedLinear()
 
 
 def _conv(
@@ -201,6 +209,7 @@ def _embedding(
 
 FUNCTIONS: dict[Any, Callable[..., FunctionCall]] = {
     F.linear: _linear,
+    grouped_linear: _grouped_linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -23,7 +23,7 @@ from psgrad.layers.base import (
     squared_norms,
 )
 
-__all__ = ["Linear", "TransposedLinear"]
+__all__ = ["Linear", "TransposedLinear", "weight_sq_norms"]
 
 CHUNK_BYTES = 4 * 2**20
 """Of gradients that are made to be squared, and perhaps added up."""
@@ -62,13 +62,9 @@ class Linear(LayerRule):
     def sq_norms(self, call: LayerCall) -> dict[str, Tensor]:
         """See `LayerRule.sq_norms`; by Gram matrices over positions where that is less."""
         x, g = _operands(call)
-        positions, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
         norms = {}
         if "weight" in call.wanted:
-            if positions * (inputs + outputs) >= inputs * outputs and positions != 1:
-                norms["weight"] = _sq_norms(x, g)
-            else:
-                norms["weight"] = _gram_sq_norms(x, g)
+            norms["weight"] = weight_sq_norms(x, g)
         if "bias" in call.wanted:
             norms["bias"] = squared_norms(g.sum(1, dtype=accumulation_dtype(g.dtype)))
         return norms
@@ -137,6 +133,14 @@ def _operands(call: LayerCall) -> tuple[Tensor, Tensor]:
     g = call.by_sample(call.g).flatten(1, -2)
     x = call.by_sample(call.x.to(call.g.dtype)).flatten(1, -2)
     return x, g
+
+
+def weight_sq_norms(x: Tensor, g: Tensor) -> Tensor:
+    """Squared norms of the weight's gradients, N T I, N T O -> N; by Gram matrices where that is less."""
+    positions, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
+    if positions * (inputs + outputs) >= inputs * outputs and positions != 1:
+        return _sq_norms(x, g)
+    return _gram_sq_norms(x, g)
 
 
 def _sq_norms(x: Tensor, g: Tensor, total: RunningSum | None = None) -> Tensor:

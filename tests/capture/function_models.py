@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psgrad.layers.grouped_linear import grouped_linear
+
 
 def shapes(*weight, bias=None):
     return {"weight": weight} if bias is None else {"weight": weight, "bias": (bias,)}
@@ -39,6 +41,12 @@ SEQUENCE, IMAGES, VOLUMES = (4, 7), (4, 6, 5), (4, 3, 4, 3)
 WEIGHTS = shapes(6, 4, 3, 3, bias=6)
 AS_THEY_ARE = {
     "linear": (F.linear, (5, 4), lambda self, h: F.linear(h, self.weight, self.bias), shapes(3, 4, bias=3)),
+    "grouped_linear": (
+        grouped_linear,
+        (2, 5, 4),
+        lambda self, h: grouped_linear(h, self.weight),
+        shapes(2, 3, 4),
+    ),
     "linear, of vectors": (F.linear, (4,), lambda self, h: F.linear(h, self.weight), shapes(3, 4)),
     "a product": (torch.matmul, (5, 4), lambda self, h: torch.matmul(h, self.weight), shapes(4, 3)),
     "a product, by method": (Tensor.matmul, (4,), lambda self, h: h.matmul(self.weight), shapes(4, 3)),

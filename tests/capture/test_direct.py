@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from psgrad import CaptureError, PerSampleGrads, clip_per_sample
+from tests.capture.unknown import product
 from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
 
 
@@ -37,7 +38,7 @@ def written_to(self, h):
 
 def caught(self, h):
     try:
-        return torch.tensordot(h, self.square.tanh(), 1)
+        return product(h, self.square.tanh())
     except CaptureError:
         return h
 
@@ -107,7 +108,7 @@ UNKNOWN = {
     ),
     "plus zeros": lambda self, h: h + (self.token + h.new_zeros(len(h), 5, 3)).mean(0),
     "along the batch": lambda self, h: (h.transpose(0, 1) + self.table.transpose(0, 1)).transpose(0, 1),
-    "matrix": lambda self, h: torch.tensordot(h, self.square, 1),
+    "matrix": lambda self, h: product(h, self.square),
     "caught": caught,
     "made for the occasion": lambda self, h: h + F.linear(torch.ones_like(h[0]), self.square, self.row),
     "counted": lambda self, h: h + self.table[0, torch.arange(5)],
@@ -144,9 +145,7 @@ def test_every_use(name, rows, rows_per_sample):
 
 def test_a_use_that_only_a_later_batch_has():
     model = model_of(
-        lambda self, h: (
-            h + (torch.tensordot(h, self.square, 1) if h.shape[0] == 6 and self.late else self.table)
-        )
+        lambda self, h: h + (product(h, self.square) if h.shape[0] == 6 and self.late else self.table)
     )
     model[0].late = False
     x = torch.randn(6, 5, 3, dtype=torch.double)
@@ -169,7 +168,7 @@ def test_a_use_that_only_a_later_batch_has_after_an_input_was_written_to():
         squared_loss(model, x).backward()
         assert handle.regions == {}
         model.scaled.late = True
-        with pytest.raises(CaptureError, match=r"scaled \(Scaled\): tensordot .*copy the input"):
+        with pytest.raises(CaptureError, match=r"scaled \(Scaled\): einsum of more .*copy the input"):
             model(x)
 
 
@@ -181,7 +180,7 @@ class Scaled(nn.Module):
 
     def forward(self, h):
         h += self.scale
-        return torch.tensordot(h, self.scale.diag(), 1) if self.late else h * self.scale
+        return product(h, self.scale.diag()) if self.late else h * self.scale
 
 
 class Late(nn.Module):

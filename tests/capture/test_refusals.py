@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, ShapeError
 from tests.capture.test_capture import make
+from tests.capture.unknown import product
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_inside_of_a_region_is_told_where_to_go():
             self.square, self.linear = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
 
         def forward(self, x):
-            return checkpoint(self.linear, torch.tensordot(x, self.square, 1), use_reentrant=False)
+            return checkpoint(self.linear, product(x, self.square), use_reentrant=False)
 
     model = nn.Sequential(Checkpointed())
     with PerSampleGrads(model), pytest.raises(CaptureError, match=r"one of '0'.*around that module"):

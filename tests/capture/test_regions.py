@@ -9,6 +9,7 @@ from torchvision.ops import StochasticDepth
 
 from psgrad import CaptureError, PerSampleGrads, RefusedModelError, clip_per_sample
 from tests.capture.region_models import MODELS, NOT_EMPTY, FromTable, make
+from tests.capture.unknown import product
 from tests.model_oracle import grads_one_by_one, squared_loss
 
 
@@ -136,7 +137,7 @@ def test_what_the_first_batch_tells_of_regions(name, regions, rows):
 @pytest.mark.parametrize(
     ("name", "path", "why"),
     [
-        ("tied by function", "", "^tensordot is not known to keep the samples apart$"),
+        ("tied by function", "", "^einsum of more than a parameter and the batch$"),
         ("frames", "", r"^conv \(Conv2d\): called with \d+ rows"),
         ("bias from a table", "", r"^bias \(Sequential\): no input has the batch's"),
         ("windows and a query", "block", r"^block.attention \(Attention\): returns "),
@@ -179,9 +180,9 @@ def test_why_is_told_of_what_only_a_later_batch_does():
     with PerSampleGrads(model) as handle:
         model(torch.randn(4, 3))
         assert handle.regions == {}
-        model[0].other = lambda x, scale: torch.tensordot(x, scale, 1)[:, None].expand(-1, 3)
+        model[0].other = lambda x, scale: product(x, scale)[:, None].expand(-1, 3)
         model(torch.randn(4, 3))
-        assert handle.regions == {"0": "tensordot is not known to keep the samples apart"}
+        assert handle.regions == {"0": "einsum of more than a parameter and the batch"}
 
 
 class WithParameters(nn.Module):
@@ -216,7 +217,10 @@ def test_a_number_that_the_model_returns_is_refused():
 
 @pytest.mark.parametrize(
     ("call", "why"),
-    [(lambda model, x: model(x), "tensordot is"), (lambda model, x: model[0](x), "the trials of the first")],
+    [
+        (lambda model, x: model(x), "einsum of more"),
+        (lambda model, x: model[0](x), "the trials of the first"),
+    ],
 )
 def test_what_vmap_cannot_run_is_refused_by_name_with_a_way_out(call, why):
     class Counts(nn.Module):
@@ -225,7 +229,7 @@ def test_what_vmap_cannot_run_is_refused_by_name_with_a_way_out(call, why):
             self.scale = nn.Parameter(torch.ones(3))
 
         def forward(self, x):
-            return torch.tensordot(x, self.scale, 1) * x.sum().item()
+            return product(x, self.scale) * x.sum().item()
 
     model = nn.Sequential(Counts())
     says = rf"0 \(Counts\)(?s:.*)because: {why}(?s:.*)layers that have a rule"
