@@ -9,7 +9,7 @@ Written gradients that are small (biases, affine maps) are taken side by side, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -142,15 +142,15 @@ class Held:
 
     def _weighted_sums(self, factors: PerParameter) -> PerParameter:
         apart = {p for beside in self._small for p in beside.parameters}
-        parts: list[Contribution | SideBySide] = list(self._small)
-        for contribution in self._contributions():
-            if isinstance(contribution, KeptGrads):
-                rest = {p: grad for p, grad in contribution.written.items() if p not in apart}
-                contribution = KeptGrads(contribution.path, rest, contribution.samples)
-            parts.append(contribution)
+        parts: list[Contribution | SideBySide] = [
+            *self._small,
+            *(_without(apart, contribution) for contribution in self._contributions()),
+        ]
+        self._where.clear()
+        self._small.clear()
         sums: PerParameter = {}
-        for part in parts:
-            sums |= weighted_sums(part, factors)
+        while parts:  # what a layer held is let go of before the next one's sum is made
+            sums |= weighted_sums(parts.pop(), factors)
         self.clear()
         return sums
 
@@ -165,6 +165,14 @@ class Held:
             if isinstance(contribution, KeptGrads):
                 copies += sum(grad.nbytes for grad in contribution.written.values() if is_small(grad))
         return sum(storages.values()) + copies
+
+
+def _without(parameters: Collection[nn.Parameter], contribution: Contribution) -> Contribution:
+    """Return a contribution without those of its written gradients."""
+    if not isinstance(contribution, KeptGrads):
+        return contribution
+    rest = {p: grad for p, grad in contribution.written.items() if p not in parameters}
+    return KeptGrads(contribution.path, rest, contribution.samples)
 
 
 def weighted_sums(part: Contribution | SideBySide, factors: PerParameter) -> PerParameter:

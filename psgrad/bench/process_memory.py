@@ -19,6 +19,7 @@ import torch
 
 from psgrad.bench.memory import CLEAR, STATUS, resident
 from psgrad.bench.processes import fresh_processes
+from psgrad.freed_memory import freed_memory_is_kept, keep_freed_memory
 
 __all__ = ["peak_of_steps"]
 
@@ -50,7 +51,8 @@ def peak_of_steps(build: Build, *, preload: str, device: str = "cpu", timeout: f
     """
     context = fresh_processes(preload)
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(there, build, device), daemon=True)
+    args = there, build, device, freed_memory_is_kept()
+    process = context.Process(target=_measure, args=args, daemon=True)
     process.start()
     there.close()
     try:
@@ -63,8 +65,10 @@ def peak_of_steps(build: Build, *, preload: str, device: str = "cpu", timeout: f
         here.close()
 
 
-def _measure(connection: Connection, build: Build, device: str) -> None:
-    """Run in the child: send the peak, or None."""
+def _measure(connection: Connection, build: Build, device: str, keep: bool) -> None:
+    """Run in the child: send the peak, or None; with freed memory kept as where times are measured."""
+    if keep:
+        keep_freed_memory()
     warnings.simplefilter("ignore")  # the peers', once a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     try:

@@ -73,7 +73,7 @@ class OfParameters:
         constants
             Other tensors that it uses.
         rearranges
-            Whether it is one of `psgrad.capture.rearranged.REARRANGING`.
+            Whether it is one of `psgrad.capture.stand_in.REARRANGING`.
 
         Raises
         ------

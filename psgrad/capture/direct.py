@@ -29,7 +29,6 @@ from psgrad.capture.contractions import CONTRACTIONS
 from psgrad.capture.copies import Copies, Use
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
 from psgrad.capture.leaves import leaves_in
-from psgrad.capture.rearranged import REARRANGING
 from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.row_by_row import is_row_by_row
 from psgrad.capture.stand_in import (
@@ -37,6 +36,7 @@ from psgrad.capture.stand_in import (
     EXPANSIONS,
     IN_PLACE,
     JOINS,
+    REARRANGING,
     StandIn,
     named,
     sizes_of,

@@ -6,27 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from psgrad.capture.stand_in import functions_named
 from psgrad.conv.numerics import squared_norms
 from psgrad.layers import LayerCall, LayerRule
 
-__all__ = ["REARRANGING", "Rearranged"]
-
-REARRANGING = functions_named(
-    *(
-        "contiguous",
-        "flatten",
-        "moveaxis",
-        "movedim",
-        "permute",
-        "reshape",
-        "squeeze",
-        "swapaxes",
-        "swapdims",
-    ),
-    *("t", "transpose", "unflatten", "unsqueeze", "view"),
-) | {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]  # getters
-"""Functions that return all elements of a tensor, each once."""
+__all__ = ["Rearranged"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ __all__ = [
     "EXPANSIONS",
     "IN_PLACE",
     "JOINS",
+    "REARRANGING",
     "StandIn",
     "functions_named",
     "named",
@@ -128,3 +129,18 @@ BROADCAST = IN_PLACE | functions_named(
 
 EXPANSIONS = functions_named("expand", "expand_as", "repeat")
 JOINS = functions_named("cat", "concat", "concatenate")
+REARRANGING = functions_named(
+    *(
+        "contiguous",
+        "flatten",
+        "moveaxis",
+        "movedim",
+        "permute",
+        "reshape",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+    ),
+    *("t", "transpose", "unflatten", "unsqueeze", "view"),
+) | {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]  # getters
+"""Functions that return all elements of a tensor, each once."""

@@ -2,7 +2,8 @@
 
 On a CPU a block of some megabytes comes from the system with pages that were never touched, each of which
 costs about as much at its first use as the arithmetic on it. Who holds gradients and then drops them all
-lends the blocks out again. A GPU's allocator does the same by itself.
+lends the blocks out again. A GPU's allocator does the same by itself, and so does a process that keeps the
+memory it frees (`psgrad.keep_freed_memory`): there nothing stays with the owner, of no use to forward.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from psgrad.conv.scratch import is_plain_cpu
+from psgrad.freed_memory import freed_memory_is_kept
 
 __all__ = ["Blocks", "borrowed"]
 
@@ -52,7 +54,7 @@ class Blocks:
     def take_back(self) -> None:
         """Everything that was lent is not read any more. What nobody borrowed since the last time goes."""
         total, self._free = 0, []
-        for block in self._lent:
+        for block in self._lent if not freed_memory_is_kept() else ():
             total += block.nbytes
             if total <= MOST:
                 self._free.append(block)
