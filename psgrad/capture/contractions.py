@@ -165,17 +165,15 @@ def _einsum(equation: Any, *operands: Any) -> Any:
         once = sorted(label for label in set(given) - set(",.") if given.count(label) == 1)
         of_out = ("..." if "..." in given else "") + "".join(once)
     rest = [t.ndim - len(term.replace("...", "")) for t, term in zip(operands, terms, strict=True)]
-    if "..." in given:
-        # aligned at their ends, as torch has them
-        hidden = _letters(equation)(max(0, *rest))
-        terms = [term.replace("...", hidden[len(hidden) - n :]) for term, n in zip(terms, rest, strict=True)]
-        of_out = of_out.replace("...", hidden)
+    hidden = _letters(equation)(max(0, *rest))  # aligned at their ends, as torch has them
+    terms = [term.replace("...", hidden[len(hidden) - n :]) for term, n in zip(terms, rest, strict=True)]
+    of_out = of_out.replace("...", hidden)
     return _product(operands[0], terms[0], operands[1], terms[1], of_out)
 
 
 def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
-    if out is not None or isinstance(dims, Tensor):
-        raise ValueError("tensordot into a tensor, or over axes that a tensor tells")
+    if out is not None:
+        raise ValueError("tensordot into a tensor")
     over_a, over_b = (range(-dims, 0), range(dims)) if isinstance(dims, int) else dims
     letter = _letters()
     of_a, of_b = list(letter(a.ndim)), list(letter(b.ndim))
@@ -216,18 +214,12 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return out if bias is None else out + bias
 
 
-def _mm(x: Any, mat2: Any) -> Any:
-    return _matmul(x, mat2)
-
-
 CONTRACTIONS: dict[Any, Callable[..., Any]] = {
     torch.einsum: _einsum,
     torch.tensordot: _tensordot,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _mm,
-    Tensor.mm: _mm,
     F.linear: _linear,
 }
 """By torch's function, where no layer takes its arguments as they are."""

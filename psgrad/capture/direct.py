@@ -29,6 +29,7 @@ from psgrad.capture.contractions import CONTRACTIONS
 from psgrad.capture.copies import Copies, Use
 from psgrad.capture.functions import FORMULAS, FUNCTIONS, bound
 from psgrad.capture.leaves import leaves_in
+from psgrad.capture.lookups import LOOKUPS
 from psgrad.capture.recurrent import RECURRENT
 from psgrad.capture.row_by_row import is_row_by_row
 from psgrad.capture.stand_in import (
@@ -38,6 +39,7 @@ from psgrad.capture.stand_in import (
     JOINS,
     REARRANGING,
     StandIn,
+    has_value,
     named,
     sizes_of,
     with_rows,
@@ -48,6 +50,8 @@ from psgrad.capture.swap import shown, swapped
 from psgrad.errors import CaptureError, PsgradError
 
 __all__ = ["Direct", "UnknownUse", "UnknownUseError", "unknown_use"]
+
+IN_OTHER_TERMS = CONTRACTIONS | LOOKUPS
 
 UnknownUse = Callable[[str, Layer | None], PsgradError]
 """Makes of a reason and a stand-in's source what is raised."""
@@ -186,10 +190,8 @@ class Direct:
             return self._join(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._dot_product_attention(*args, **kwargs)
-        if func in CONTRACTIONS and any(
-            isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs)
-        ):
-            return self._in_other_terms(CONTRACTIONS[func], args, kwargs)
+        if func in IN_OTHER_TERMS and has_value(args, kwargs):
+            return self._in_other_terms(IN_OTHER_TERMS[func], args, kwargs)
         return self._among_rows(func, args, kwargs)
 
     def _is_of_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -357,10 +359,10 @@ class Direct:
         """Compute by a rule what a function computes of the batch and what is the same for all samples."""
         call = bound(func, args, kwargs)
         if isinstance(call, str):
-            if any(isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs)):
-                if func not in CONTRACTIONS:
+            if has_value(args, kwargs):
+                if func not in IN_OTHER_TERMS:
                     self._refuse(call)
-                return self._in_other_terms(CONTRACTIONS[func], args, kwargs)
+                return self._in_other_terms(IN_OTHER_TERMS[func], args, kwargs)
             return self._among_rows(func, args, kwargs)
         (x,), _ = with_rows((call.x,), {})
         known = (call.weight, call.bias, call.x if x is not call.x else None)

@@ -23,6 +23,7 @@ __all__ = [
     "REARRANGING",
     "StandIn",
     "functions_named",
+    "has_value",
     "named",
     "sizes_of",
     "with_rows",
@@ -85,6 +86,11 @@ def with_rows(args: Any, kwargs: Any) -> tuple[Any, Any]:
         return args, kwargs
     found: tuple[Any, Any] = tree_map_only(StandIn, lambda t: t if t.rows is None else t.rows, (args, kwargs))
     return found
+
+
+def has_value(args: Any, kwargs: Any) -> bool:
+    """Whether a call is given a stand-in that has not been expanded over the batch."""
+    return any(isinstance(t, StandIn) and t.rows is None for t in leaves_in(args, kwargs))
 
 
 def named(func: Any) -> str:

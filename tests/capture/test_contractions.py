@@ -66,6 +66,7 @@ KNOWN = {
     "tensordot": (lambda h, w: torch.tensordot(h, w, 1), 3, 4),
     "tensordot, of two axes": (lambda h, w: torch.tensordot(h, w), 5, 3, 4),
     "tensordot, of axes by number": (lambda h, w: torch.tensordot(h, w, dims=([1, -1], [2, 0])), 3, 4, 5),
+    "tensordot, of axes by a tensor": (lambda h, w: torch.tensordot(h, w, torch.tensor([[1], [0]])), 5, 4),
     "tensordot, weight first": (lambda h, w: torch.tensordot(w, h, ([1], [2])).movedim(1, 0), 4, 3),
     "a product from the left": (lambda h, w: w @ h, 4, 5),
     "a vector by matmul": (lambda h, w: h @ w, 3),
@@ -224,3 +225,9 @@ def test_a_sample_that_is_not_finite_adds_nothing(name, rows_per_sample):
         squared_loss(model, x).mul(len(x)).backward()
     for path, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[path])
+
+
+def test_a_product_into_a_tensor_is_refused_as_without():
+    model = model_of(lambda h, w: torch.tensordot(h, w, 1, out=h.new_empty(len(h), 5, 4)), 3, 4)
+    with PerSampleGrads(model), pytest.raises(PsgradError, match="because: tensordot into a tensor"):
+        model(torch.randn(5, 5, 3, dtype=torch.double))
