@@ -107,9 +107,13 @@ def test_noise_in_parts_is_drawn_in_the_order_of_memory():
     assert torch.equal(last.movedim(1, -1).flatten(), noise_of(shape).flatten())
 
 
-def test_a_gradient_with_gaps_gets_noise_everywhere():
-    p = nn.Parameter(torch.zeros(CHUNK + 3))
-    p.grad = torch.zeros(2 * CHUNK + 6)[::2]
+@pytest.mark.parametrize(
+    "grad",
+    [torch.zeros(2 * CHUNK + 6)[::2], torch.zeros(600, CHUNK // 300).mT, torch.zeros(700, 800)[:, ::2]],
+)
+def test_a_gradient_with_gaps_or_in_another_order_gets_noise_everywhere(grad):
+    p = nn.Parameter(torch.zeros(grad.shape))
+    p.grad = grad
     add_gaussian_noise([p], 1.0, 1.0, noise_generator(seed=0))
     assert int(p.grad.count_nonzero()) >= CHUNK
 

@@ -70,6 +70,16 @@ def test_what_cannot_be_told_passes(loss, wanted):
         ens.loss(loss, *data(False)).sum().backward()
 
 
+@pytest.mark.parametrize("actual", LOSSES)
+@pytest.mark.parametrize("wanted", LOSSES)
+def test_of_one_sample_mean_and_sum_are_the_same(wanted, actual):
+    ens = made()
+    x, y = data(own=False, rows=1)
+    with clip_per_sample(ens, 1.0, wanted):
+        for loss in LOSSES[actual][:2]:
+            ens.loss(loss, x, y).sum().backward()
+
+
 def test_each_loss_is_looked_at_once_and_leaves_the_random_numbers():
     calls = []
 
