@@ -26,7 +26,7 @@ at a time under `torch.func`; all others go by rule. *Not compared* are the larg
 clipped training step, with everything random on, is run on every one of the models by the slow tests
 (`tests/models`).
 
-Not in the table: 19 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, DETR, ..), 16 models
+Not in the table: 19 small transformers of Hugging Face (BERT, GPT-2, LLaMA, T5, Whisper, DETR, ..), 21 models
 of timm, ten networks of MONAI and nine of segmentation-models-pytorch for segmentation, three of diffusers,
 and five of torchvision for segmentation and videos are compared the same way in
 `tests/models/test_other_libraries.py`, with the extra `zoo`.

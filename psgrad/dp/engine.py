@@ -10,7 +10,6 @@ from typing import IO, Any, BinaryIO
 import torch
 from opacus.accountants.accountant import IAccountant
 from opacus.data_loader import DPDataLoader
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +23,7 @@ from psgrad.dp.arguments import (
     unwrapped,
 )
 from psgrad.dp.checkpoints import from_opacus
+from psgrad.dp.compatible import without_batch_norm
 from psgrad.dp.loader import PoissonLoader, sample_rate_of, share_of_batch
 from psgrad.dp.optimizer import PrivateOptimizer
 from psgrad.dp.wrapper_names import give_wrapper_names
@@ -383,7 +383,7 @@ class PrivacyEngine:
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
-        """Return a copy in which Opacus's `ModuleValidator.fix` has replaced what mixes samples.
+        """Return a copy in which what mixes samples is replaced; see `psgrad.dp.compatible`.
 
         Raises
         ------
@@ -396,4 +396,4 @@ class PrivacyEngine:
                 f"{type(module).__name__} stacks its members' parameters: replace the layers of every member "
                 "before, Ensemble.from_factory(lambda: PrivacyEngine.get_compatible_module(make_model()))"
             )
-        return ModuleValidator.fix(module)
+        return without_batch_norm(module)

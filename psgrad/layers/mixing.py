@@ -27,9 +27,11 @@ def why_samples_mix(module: nn.Module) -> str | None:
             return "updates running statistics from the whole batch; use track_running_stats=False"
         return None
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        of_torch = type(module).__module__.startswith("torch.")
+        replaces = "replaces it" if of_torch else "replaces torch's layers and timm's"
         return (
             "normalises each sample with the statistics of the whole batch; use GroupNorm "
-            "(opacus.validators.ModuleValidator.fix replaces it), or keep the layer in eval() mode"
+            f"(psgrad.dp.PrivacyEngine.get_compatible_module {replaces}), or keep the layer in eval() mode"
         )
     if isinstance(module, ALONG_AN_AXIS) and module.dim == 0:
         return "works along axis 0, the batch; use another dim, or the function where axis 0 is no batch"

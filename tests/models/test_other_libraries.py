@@ -11,11 +11,11 @@ import functools
 
 import pytest
 import torch
-from opacus.validators import ModuleValidator
 from torch import nn
 from torchvision.models import segmentation, video
 
 from psgrad import PerSampleGrads
+from psgrad.dp import PrivacyEngine
 from psgrad.tensors_in import tensors_in
 from tests.model_oracle import grads_one_by_one
 
@@ -287,9 +287,17 @@ def test_timm(name: str) -> None:
     check(model, lambda model, x: model(x).square().sum(), [x], by_rule=by_rule)
 
 
+@pytest.mark.parametrize("name", ["lcnet_035", "mobileone_s0", "repvgg_a0", "rexnet_100", "mobilevitv2_050"])
+def test_timm_with_batch_norms_replaced(name: str) -> None:
+    library = pytest.importorskip("timm", reason="timm is not installed, and no requirement")
+    torch.manual_seed(0)
+    model = quiet(_with_group_norms(library.create_model(name, num_classes=5).train()))
+    x = torch.randn(SAMPLES, 3, 64, 64, dtype=torch.double)
+    check(model, lambda model, x: model(x).square().sum(), [x], by_rule=True)
+
+
 def _with_group_norms(model: nn.Module) -> nn.Module:
-    fixed: nn.Module = ModuleValidator.fix(model)
-    return fixed
+    return PrivacyEngine.get_compatible_module(model)
 
 
 def _check_images(model: nn.Module, inputs, *, by_rule: bool = True) -> None:
