@@ -104,7 +104,7 @@ class Direct:
         self._inputs: list[Any] = []
         self._source: Layer | None = None  # of the stand-in that is being used
         self._unknown: PsgradError | None = None
-        self._over = False
+        self._over: str | None = None  # whose forward it was, once that has ended
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module's `forward`, with stand-ins in the places of its and its children's parameters.
@@ -129,7 +129,7 @@ class Direct:
 
     def end(self) -> None:
         """Let go of them; stand-ins are of no use afterwards."""
-        self._over = True
+        self._over = type(self._module).__name__
         self._module, self._inputs = None, []
         self._stand_ins.clear()
         self._expanded.clear()
@@ -170,8 +170,11 @@ class Direct:
 
         """
         self._source = stand_in.source
-        if self._over:
-            self._refuse(f"{named(func)} got a parameter that a module had kept from its last forward")
+        if self._over is not None:
+            self._refuse(
+                f"{named(func)} got what {self._over} kept of a parameter from an earlier forward (a cache): "
+                "in training that is old. Compute it in every forward; some modules do, but in eval() mode"
+            )
         if self._is_of_parameters_alone(func, args, kwargs):
             return self._of_parameters(func, args, kwargs)
         if func in FUNCTIONS:
@@ -253,11 +256,8 @@ class Direct:
             return False
         found = t.requires_grad or any(t is given for given in self._inputs)
         if found:
-            self._tell_of(t)
+            self._tell(type(self._module).__name__, t)
         return found
-
-    def _tell_of(self, t: Tensor) -> None:
-        self._tell(type(self._module).__name__, t)
 
     def _copies_of(self, value: Tensor) -> Tensor:
         """Every sample's copy, `[N, *shape]`."""
@@ -374,7 +374,7 @@ class Direct:
         weight, bias = self._operand(call.weight), self._operand(call.bias)
         if x.shape[:1] != (self._rows,) or call.rule.input_error(call.settings, x) is not None:
             self._refuse(f"{named(func)} of what is not known to be the batch")
-        self._tell_of(x)
+        self._tell(type(self._module).__name__, x)
         return self._by_rule(call.rule, call.settings, weight, bias, x)
 
     def _operand(self, t: Any) -> Operand:

@@ -289,7 +289,14 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, slope * x)
 
 
+def _addcmul(added: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """As `torch.addcmul`: an affine map of every channel, with the batch in any place."""
+    product = tensor1 * tensor2
+    return added + (product if value == 1 else value * product)
+
+
 FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    torch.addcmul: _addcmul,
     F.bilinear: _bilinear,
     F.embedding_bag: _embedding_bag,
     F.prelu: _prelu,

@@ -147,6 +147,18 @@ AS_THEY_ARE = {
     ),
 }
 FROM_OTHERS = {
+    "addcmul": (
+        torch.addcmul,
+        (5, 4),
+        lambda self, h: torch.addcmul(self.bias.view(1, 1, 4), self.weight, h),
+        shapes(4, bias=4),
+    ),
+    "addcmul, to the batch": (
+        torch.addcmul,
+        (5, 4),
+        lambda self, h: torch.addcmul(h, h.sin(), self.weight, value=0.5),
+        shapes(4),
+    ),
     "bilinear": (
         F.bilinear,
         (4,),

@@ -205,8 +205,21 @@ def test_a_stand_in_that_a_module_keeps_is_not_used_again():
     model = model_of(lambda self, h: (kept.append(self.row), h + self.row)[1])
     with PerSampleGrads(model):
         model(torch.randn(4, 5, 3, dtype=torch.double))
-        with pytest.raises(CaptureError, match="last forward"):
+        with pytest.raises(CaptureError, match="got what Uses kept of a parameter"):
             torch.ones(4, 5, 3) + kept[-1]
+
+
+def test_a_module_that_caches_what_it_computes_of_a_parameter_is_named():
+    def cached(self, h):
+        self.__dict__.setdefault("cache", self.row.exp())
+        return h + self.cache
+
+    model = model_of(cached)
+    with (
+        PerSampleGrads(model),
+        pytest.raises(CaptureError, match=r"got what Uses kept of a parameter.*a cache"),
+    ):
+        model(torch.randn(4, 5, 3, dtype=torch.double))
 
 
 def test_a_checkpoint_around_a_direct_use():
