@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from psgrad import PerSampleGrads
+
 
 def grads_one_by_one(model, loss_of, inputs, rows_per_sample=1):
     """{path: [N, *shape]} of every trainable parameter; `loss_of(model, *inputs)` for one sample's rows."""
@@ -26,6 +28,20 @@ def squared_loss(model, x):
     out = model(x)
     weights = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).reshape(out.shape[1:])
     return (out.sin() * weights).flatten(1).sum(1).mean()
+
+
+def assert_written_out(model, batch):
+    """Every parameter's gradients are the oracle's, and of an empty batch there are none; `batch(rows)`."""
+    x = batch(3)
+    expected = grads_one_by_one(model, squared_loss, [x])
+    with PerSampleGrads(model, "sum"):
+        (squared_loss(model, x) * 3).backward()
+        for path, grads in expected.items():
+            torch.testing.assert_close(model.get_parameter(path).grad_sample, grads)
+        model.zero_grad()
+        model(batch(0)).sum().backward()
+        for p in model.parameters():
+            assert p.grad_sample.shape == (0, *p.shape)
 
 
 def assert_clipped(model, x, handle_of, rows_per_sample=1, **options):

@@ -148,5 +148,5 @@ REARRANGING = functions_named(
         "swapdims",
     ),
     *("t", "transpose", "unflatten", "unsqueeze", "view"),
-) | {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]  # getters
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 """Functions that return all elements of a tensor, each once."""

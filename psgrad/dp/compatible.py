@@ -21,8 +21,9 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
     fixed: nn.Module = ModuleValidator.fix(module)
     before = dict(module.named_modules())
     for path, layer in fixed.named_modules():
-        if path in before and type(layer) is not type(before[path]):
-            layer.to(next(before[path].parameters()).dtype)  # Opacus makes it in the default dtype
+        like = next(before[path].parameters(), None) if path in before else None
+        if like is not None and type(layer) is not type(before[path]):
+            layer.to(like.dtype)  # Opacus makes it in the default dtype
     if (replace := _replacement(fixed)) is not None:
         return replace(fixed)
     for parent in list(fixed.modules()):

@@ -13,7 +13,7 @@ from psgrad import GradNorms, PerSampleGrads, clip_per_sample
 from psgrad.capture import KeptGrads, LayerUse
 from psgrad.capture.computed import Carried
 from psgrad.errors import PsgradError
-from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
+from tests.model_oracle import assert_clipped, assert_written_out, grads_one_by_one, squared_loss
 
 
 class Product(nn.Module):
@@ -72,6 +72,7 @@ KNOWN = {
     "a vector by matmul": (lambda h, w: h @ w, 3),
     "a vector from the left": (lambda h, w: torch.matmul(w, h), 5),
     "a vector by linear": (lambda h, w: F.linear(h, w), 3),
+    "a vector by linear, with a bias": (lambda h, w: F.linear(h, w[:3], w[3]), 4),
     "heads by matmul": (lambda h, w: h[:, None] @ w, 2, 3, 4),
     "heads with an axis for the batch": (lambda h, w: h[:, None] @ w, 1, 2, 3, 4),
     "one head by matmul": (lambda h, w: h[:, None] @ w, 1, 3, 4),
@@ -112,19 +113,30 @@ def test_exact(name, rows, rows_per_sample):
 
 @pytest.mark.parametrize("name", KNOWN | REARRANGED)
 def test_written_out_and_an_empty_batch(name):
-    model = model_of(*(KNOWN | REARRANGED)[name])
-    x = torch.randn(3, 5, 3, dtype=torch.double)
-    expected = grads_one_by_one(model, squared_loss, [x])
-    with PerSampleGrads(model, "sum"):
-        (squared_loss(model, x) * 3).backward()
-        for path, grads in expected.items():
-            torch.testing.assert_close(model.get_parameter(path).grad_sample, grads)
-        model.zero_grad()
-        model(x[:0]).sum().backward()
-        assert model[1].weight.grad_sample.shape == (0, *model[1].weight.shape)
+    assert_written_out(
+        model_of(*(KNOWN | REARRANGED)[name]), lambda rows: torch.randn(rows, 5, 3, dtype=torch.double)
+    )
 
 
-NOT_IN_ORDER = {"axes summed away", "a scale", "a scale for each", "by a weight that is computed"}
+LAYOUTS = {
+    "turned": lambda h: h.mT.contiguous().mT,
+    "every other": lambda h: h.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda h: h[:, :1].expand(-1, 5, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", KNOWN)
+def test_any_memory_layout(name, layout):
+    use, *shape = KNOWN[name]
+    model = model_of(lambda h, w: use(LAYOUTS[layout](h), w), *shape)
+    assert assert_clipped(model, torch.randn(4, 5, 3, dtype=torch.double), clip_per_sample, 2) == []
+
+
+NOT_IN_ORDER = {
+    *("axes summed away", "a scale", "a scale for each", "by a weight that is computed"),
+    "a vector by linear, with a bias",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN | REARRANGED if name not in NOT_IN_ORDER])

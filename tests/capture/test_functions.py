@@ -25,7 +25,7 @@ from tests.capture.function_models import (
     standardised,
 )
 from tests.capture.unknown import product
-from tests.model_oracle import assert_clipped, grads_one_by_one, squared_loss
+from tests.model_oracle import assert_clipped, assert_written_out, grads_one_by_one, squared_loss
 
 
 def test_every_function_has_a_case():
@@ -48,16 +48,7 @@ def test_exact_and_as_a_whole(name, rows, rows_per_sample):
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_written_out_and_an_empty_batch(name):
-    model, batch = model_of(name)
-    x = batch(3)
-    expected = grads_one_by_one(model, squared_loss, [x])
-    with PerSampleGrads(model, "sum"):
-        (squared_loss(model, x) * 3).backward()
-        for path, grads in expected.items():
-            torch.testing.assert_close(model.get_parameter(path).grad_sample, grads)
-        model.zero_grad()
-        model(batch(0)).sum().backward()
-        assert {p.grad_sample.shape[0] for p in model.parameters()} == {0}
+    assert_written_out(*model_of(name))
 
 
 class OneByOne(nn.Module):

@@ -54,6 +54,14 @@ def test_batch_norms_with_an_activation_inside_are_replaced_as_well():
     assert clip.result.norms.shape == (5,)
 
 
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer(8, 2), nn.LSTM(8, 3), nn.BatchNorm1d(8)])
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_what_opacus_puts_in_keeps_its_dtype(layer, dtype):
+    fixed = PrivacyEngine.get_compatible_module(nn.Sequential(layer, nn.Tanh()).to(dtype))
+    assert type(fixed[0]) is not type(layer) or type(fixed[0].self_attn) is not nn.MultiheadAttention
+    assert {p.dtype for p in fixed.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_that_is_the_model_and_has_no_weights(training):
     fixed = PrivacyEngine.get_compatible_module(BatchNormAct2d(4, nn.ReLU(), affine=False).train(training))

@@ -276,11 +276,15 @@ def test_transformers(name: str) -> None:
     check(model, loss_of, inputs, by_rule=name in BY_RULE)
 
 
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", reason="timm is not installed, and no requirement")
+
+
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str) -> None:
-    library = pytest.importorskip("timm", reason="timm is not installed, and no requirement")
+def test_timm(timm, name: str) -> None:
     torch.manual_seed(0)
-    model = quiet(library.create_model(name, num_classes=5, **TIMM[name]).train())
+    model = quiet(timm.create_model(name, num_classes=5, **TIMM[name]).train())
     size = TIMM[name].get("img_size", 224 if name.startswith(("gcvit", "mixer")) else 64)
     x = torch.randn(SAMPLES, 3, size, size, dtype=torch.double)
     by_rule = not name.startswith(TIMM_APART)
@@ -288,10 +292,9 @@ def test_timm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lcnet_035", "mobileone_s0", "repvgg_a0", "rexnet_100", "mobilevitv2_050"])
-def test_timm_with_batch_norms_replaced(name: str) -> None:
-    library = pytest.importorskip("timm", reason="timm is not installed, and no requirement")
+def test_timm_with_batch_norms_replaced(timm, name: str) -> None:
     torch.manual_seed(0)
-    model = quiet(_with_group_norms(library.create_model(name, num_classes=5).train()))
+    model = quiet(_with_group_norms(timm.create_model(name, num_classes=5).train()))
     x = torch.randn(SAMPLES, 3, 64, 64, dtype=torch.double)
     check(model, lambda model, x: model(x).square().sum(), [x], by_rule=True)
 
