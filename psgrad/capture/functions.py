@@ -289,10 +289,16 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, slope * x)
 
 
-def _addcmul(added: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+def _addcmul(
+    input: Tensor,  # noqa: A002  # torch's name, by which it may be given
+    tensor1: Tensor,
+    tensor2: Tensor,
+    *,
+    value: float = 1,
+) -> Tensor:
     """As `torch.addcmul`: an affine map of every channel, with the batch in any place."""
     product = tensor1 * tensor2
-    return added + (product if value == 1 else value * product)
+    return input + (product if value == 1 else value * product)
 
 
 FORMULAS: dict[Any, Callable[..., Tensor]] = {

@@ -156,7 +156,7 @@ FROM_OTHERS = {
     "addcmul, to the batch": (
         torch.addcmul,
         (5, 4),
-        lambda self, h: torch.addcmul(h, h.sin(), self.weight, value=0.5),
+        lambda self, h: torch.addcmul(tensor1=h.sin(), tensor2=self.weight, input=h, value=0.5),
         shapes(4),
     ),
     "bilinear": (
