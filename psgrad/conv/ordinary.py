@@ -14,9 +14,16 @@ from psgrad.conv.problem import WeightGradProblem
 from psgrad.conv.processor import halves_long_vectors
 from psgrad.conv.products import add_product, batched, by_onednn, mkl_slowdown, product
 
-__all__ = ["as_product", "in_pieces", "ordinary_weight_grad"]
+__all__ = [
+    "as_product",
+    "in_pieces",
+    "ordinary_weight_grad",
+    "write_ordinary_weight_grad",
+    "writes_anywhere",
+]
 
-Product = Callable[[Tensor, Tensor, WeightGradProblem], Tensor]
+Product = Callable[..., Tensor]
+"""Of x, grad and the problem."""
 
 FEW_POSITIONS = 4
 """Up to here a product is faster than oneDNN with any kernel; with one element, up to 16 also unfolded."""
@@ -73,6 +80,22 @@ def ordinary_weight_grad(
     return weight_grad
 
 
+def writes_anywhere(problem: WeightGradProblem) -> bool:
+    """Whether the sum over all rows is best made by one product, which writes its result anywhere."""
+    return as_product(_of_one_sample(problem, problem.samples * problem.rows_per_sample)) in (
+        _per_group,
+        _of_positions,
+    )
+
+
+def write_ordinary_weight_grad(x: Tensor, grad: Tensor, problem: WeightGradProblem, out: Tensor) -> None:
+    """`ordinary_weight_grad` into `out (GO)I k`, contiguous, of a problem that `writes_anywhere`."""
+    one = _of_one_sample(problem, x.shape[0])
+    found = as_product(one)
+    assert found is not None
+    found(x, grad, one, out)
+
+
 @lru_cache(maxsize=4096)
 def as_product(problem: WeightGradProblem) -> Product | None:
     """Return how the sum over all rows is best made by a matrix product, or None if it is not.
@@ -125,18 +148,20 @@ def _fast_in_halves(problem: WeightGradProblem, rows: int) -> bool:
     return p.positions >= MANY_POSITIONS and max(p.geometry.stride) == 1
 
 
-def _per_group(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+def _per_group(x: Tensor, grad: Tensor, problem: WeightGradProblem, out: Tensor | None = None) -> Tensor:
     """N G O, N G (Ik) -> G O (Ik): a convolution with one output position is a matrix product a group."""
     rows = x.shape[0]
-    window = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows).squeeze(3)
+    window = patches(x, _by_row(problem, rows), rows).squeeze(3)
     grad = grad.reshape(rows, problem.groups, problem.out_per_group)
-    return batched(grad.permute(1, 2, 0), window.transpose(0, 1))
+    into = None if out is None else out.view(problem.groups, problem.out_per_group, -1)
+    return batched(grad.permute(1, 2, 0), window.transpose(0, 1), into)
 
 
-def _of_positions(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
+def _of_positions(x: Tensor, grad: Tensor, problem: WeightGradProblem, out: Tensor | None = None) -> Tensor:
     """O (NT), (NT)(Ik) -> O (Ik)."""
     left = grad.movedim(1, -1).reshape(-1, problem.out_per_group).T
-    return product(left, patches_by_position(x, problem)[0])
+    into = None if out is None else out.view(problem.out_per_group, -1)
+    return product(left, patches_by_position(x, problem)[0], into)
 
 
 def in_pieces(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
@@ -146,15 +171,14 @@ def in_pieces(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     total = grad.new_zeros(problem.out_per_group, kernel)
     for start in range(0, rows, step):
         g = grad[start : start + step].flatten(2)
-        part = replace(problem, samples=len(g), rows_per_sample=1)
-        total += (g @ patches(x[start : start + step], part, len(g))[:, 0].mT).sum(0)
+        total += (g @ patches(x[start : start + step], _by_row(problem, len(g)), len(g))[:, 0].mT).sum(0)
     return total
 
 
 def _row_by_row(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
     """O T, T I -> O I, added up over N without a copy of either; all at once if N gradients are small."""
     rows = x.shape[0]
-    by_row = patches(x, replace(problem, samples=rows, rows_per_sample=1), rows)[:, 0].mT
+    by_row = patches(x, _by_row(problem, rows), rows)[:, 0].mT
     grad = grad.flatten(2)
     if rows == 1:
         return product(grad[0], by_row[0])
@@ -169,3 +193,8 @@ def _row_by_row(x: Tensor, grad: Tensor, problem: WeightGradProblem) -> Tensor:
 @lru_cache(maxsize=4096)
 def _of_one_sample(problem: WeightGradProblem, rows: int) -> WeightGradProblem:
     return replace(problem, samples=1, rows_per_sample=rows)
+
+
+@lru_cache(maxsize=4096)
+def _by_row(problem: WeightGradProblem, rows: int) -> WeightGradProblem:
+    return replace(problem, samples=rows, rows_per_sample=1)

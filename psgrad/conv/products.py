@@ -62,9 +62,12 @@ def slowdown_of_products(
     return 1.0 if left else mkl_slowdown(dtype, device)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """`M K @ K J -> M J`."""
-    return _by_onednn(left, right) if _is_left_to_onednn(left, right) else left @ right
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """`M K @ K J -> M J`, into `out` if there is one."""
+    if not _is_left_to_onednn(left, right):
+        return left @ right if out is None else torch.mm(left, right, out=out)
+    found = _by_onednn(left, right)
+    return found if out is None else out.copy_(found)
 
 
 def batched(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psgrad.ensemble.in_place import write_in_place
 from psgrad.ensemble.losses import scalar
 from psgrad.ensemble.members import Slots
 from psgrad.ensemble.randomness import MemberRandomness
-from psgrad.graph import leaves_of
+from psgrad.graph import leaves_among, nodes_of
 
 __all__ = ["KeptBlocks", "eager_losses"]
 
@@ -62,20 +63,22 @@ def eager_losses(
             with randomness.of(k):
                 loss = scalar(compute(k))
             losses.append(loss.detach())
-            leaves = [own[t] for t in trained]
-            gradients.expect(k, leaves)  # now: what hooks of the forward pass make of them is copied
+            leaves, nodes = [own[t] for t in trained], list(nodes_of([loss]))
             members = set(leaves)
-            others = [leaf for leaf in leaves_of([loss]) if leaf not in members]  # of the user's own
-            wanted = [*leaves, *others]
-            found: Sequence[Tensor | None] = (None,) * len(wanted)
-            if loss.requires_grad:
+            others = [leaf for leaf in leaves_among(nodes) if leaf not in members]  # of the user's own
+            wanted = [*gradients.expect(k, leaves, nodes), *others]
+            found: dict[Tensor, Tensor | None] = {}
+            if loss.requires_grad and wanted:
                 with _outside_autocast():
-                    found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
-        gradients.put(k, found[: len(leaves)])
-        for other, grad in zip(others, found[len(leaves) :], strict=True):
+                    grads = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=bool(others))
+                found = dict(zip(wanted, grads, strict=True))
+                del grads
+        gradients.put(k, [found.get(leaf) for leaf in leaves])
+        for other in others:
+            grad = found.get(other)
             if grad is not None:
                 foreign.setdefault(other, []).append((k, grad))
-        del found
+        del found, nodes
     # tensors of their own on the same storage: autograd clones for .grad what somebody else holds
     ready = [None if block is None else block.detach() for block in gradients.stacked]
     kept.keep(gradients.stacked)
@@ -107,11 +110,10 @@ class KeptBlocks:
     def take(self, grad: Tensor, members: int) -> Tensor:
         """`[K, *grad.shape]`, of any values."""
         shape = torch.Size((members, *grad.shape))
-        if grad.device.type != "cpu" or shape.numel() * grad.element_size() < _LARGE:
+        if members * grad.nbytes < _LARGE or grad.device.type != "cpu":
             return grad.new_empty(shape)
-        free = _uses(torch.empty(1))
         for i, block in enumerate(self._blocks):
-            if block.shape == shape and block.dtype == grad.dtype and _uses(block) == free:
+            if block.shape == shape and block.dtype == grad.dtype and _uses(block) == _FREE:
                 return self._blocks.pop(i)
         return grad.new_empty(shape)
 
@@ -136,6 +138,10 @@ def _uses(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
+_FREE = _uses(torch.empty(1))
+"""Of a tensor whose storage nobody else holds."""
+
+
 class _Gradients:
     """Gradients of K members, stacked as they come.
 
@@ -152,11 +158,37 @@ class _Gradients:
         self._early: set[int] = set()
         """Which of the present member's are in their places already."""
 
-    def expect(self, k: int, leaves: Sequence[Tensor]) -> None:
-        """Copy the gradients of large leaves, member k's parameters, when they are there."""
-        for i, leaf in enumerate(leaves):
-            if leaf.nbytes >= _LARGE:
+    def expect(self, k: int, leaves: Sequence[Tensor], nodes: Sequence[Any]) -> list[Tensor]:
+        """Put the gradients of large leaves, member k's parameters, in their places when they are there.
+
+        Parameters
+        ----------
+        k
+            The member.
+        leaves
+            One a parameter.
+        nodes
+            Of the graph of its loss.
+
+        Returns
+        -------
+        list[Tensor]
+            The leaves that autograd is to be asked for.
+
+        """
+        large = {leaf: i for i, leaf in enumerate(leaves) if leaf.nbytes >= _LARGE and not leaf.is_cuda}
+        if not large:
+            return list(leaves)
+
+        def place(leaf: Tensor) -> Tensor:
+            self._early.add(large[leaf])
+            return self._place(k, large[leaf], leaf)
+
+        written = write_in_place(nodes, large, place)
+        for leaf, i in large.items():
+            if leaf not in written:  # hooks of the forward pass come before: what they make of it is copied
                 leaf.register_hook(partial(self._copied, k, i))
+        return [leaf for leaf in leaves if leaf not in written]
 
     def put(self, k: int, grads: Sequence[Tensor | None]) -> None:
         """Take member k's, whose turn is after member k - 1's; None counts as zero where others have one."""
@@ -174,8 +206,10 @@ class _Gradients:
             elif self._places[i]:
                 self._places[i][k].zero_()
 
-    def _copied(self, k: int, i: int, grad: Tensor) -> Tensor:
-        """Copy it into its place, and return that in its stead."""
+    def _copied(self, k: int, i: int, grad: Tensor | None) -> Tensor | None:
+        """Copy it into its place, and return that in its stead; None (undefined) stays what it is."""
+        if grad is None:
+            return None
         self._early.add(i)
         return self._place(k, i, grad).copy_(grad)
 

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from psgrad.conv import ConvGeometry, ordinary
-from psgrad.conv.ordinary import as_product, ordinary_weight_grad
+from psgrad.conv.ordinary import (
+    as_product,
+    ordinary_weight_grad,
+    write_ordinary_weight_grad,
+    writes_anywhere,
+)
 from psgrad.conv.problem import normalise
 from tests.machines import AMD_HALVES, on
 
@@ -53,6 +58,13 @@ def test_each_form_is_the_gradient_of_autograd(name, layout, rows, small, monkey
     chosen = as_product(problem)
     assert (None if chosen is None else chosen.__name__) == form
     torch.testing.assert_close(ordinary_weight_grad(x, g, problem), expected)
+    assert writes_anywhere(problem) == (form in ("_per_group", "_of_positions"))
+    if writes_anywhere(problem):
+        block = torch.full((3, *weight.shape), torch.nan, dtype=torch.float64)
+        write_ordinary_weight_grad(x, g, problem, block[1])
+        torch.testing.assert_close(block[1], expected)
+        assert block[0].isnan().all()
+        assert block[2].isnan().all()
 
 
 @pytest.mark.parametrize("piece", [1, 1000, ordinary.PIECE_BYTES])

@@ -1,0 +1,249 @@
+"""Weight gradients that are written into the stack: every kind of convolution, and all that must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from psgrad.ensemble import Ensemble, eager, in_place
+
+MEMBERS = 3
+
+ONE_POSITION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1-D": (lambda: nn.Conv1d(4, 6, 3), (4, 3)),
+    "2-D": (lambda: nn.Conv2d(4, 6, 3), (4, 3, 3)),
+    "3-D": (lambda: nn.Conv3d(4, 6, 2, bias=False), (4, 2, 2, 2)),
+    "padding, stride": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 2, 1)),
+    "padding alone": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 1, 1)),
+    "same": (lambda: nn.Conv2d(4, 6, (2, 3), padding="same"), (4, 1, 1)),
+    "dilation": (lambda: nn.Conv2d(4, 6, 2, dilation=(2, 1)), (4, 3, 2)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 3, 3)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 3, 3)),
+    "circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (4, 1, 1)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, bias=False), (4, 1, 1)),
+    "transposed, groups": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (4, 1, 1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _every_gradient_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_LARGE", 0)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights whose gradients were written, in the order of members and layers."""
+    weights: list[Tensor] = []
+    write = in_place._write
+
+    def noted(x: Tensor, geometry: Any, weight: Tensor, *rest: Any) -> None:
+        weights.append(weight)
+        write(x, geometry, weight, *rest)
+
+    monkeypatch.setattr(in_place, "_write", noted)
+    return weights
+
+
+def squares(out: Tensor, target: Tensor) -> Tensor:
+    return (out.flatten(1).sum(1) - target).square().mean()
+
+
+def assert_as_alone(
+    fn: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    loss: Callable[[Tensor, Tensor], Tensor] = squares,
+    samples: int = 5,
+) -> None:
+    """Gradients of two steps are those that each member has alone, in float64."""
+    ens = Ensemble.from_factory(lambda: fn().double(), range(MEMBERS), strategy="loop")
+    torch.manual_seed(0)
+    for _ in range(2):
+        x = torch.randn(MEMBERS, samples, *shape, dtype=torch.float64)
+        y = torch.randn(MEMBERS, samples, dtype=torch.float64)
+        ens.zero_grad()
+        ens.loss(loss, x, y, own=True).sum().backward()
+        for k in range(MEMBERS):
+            alone = ens.member(k)
+            loss(alone(x[k]), y[k]).backward()
+            for (name, p), stacked in zip(alone.named_parameters(), ens.parameters(), strict=True):
+                assert (p.grad is None) == (stacked.grad is None), name
+                if p.grad is not None:
+                    torch.testing.assert_close(stacked.grad[k], p.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("name", ONE_POSITION)
+def test_a_convolution_with_one_position_is_written(name: str, samples: int, written: list[Tensor]) -> None:
+    layer, shape = ONE_POSITION[name]
+    assert_as_alone(lambda: nn.Sequential(nn.GroupNorm(1, 4), layer()), shape, samples=samples)
+    assert len(written) == 2 * MEMBERS
+
+
+def test_many_positions_are_left_to_autograd(written: list[Tensor]) -> None:
+    assert_as_alone(lambda: nn.Sequential(nn.GroupNorm(1, 4), nn.Conv2d(4, 6, 3)), (4, 12, 11))
+    assert not written
+
+
+def test_a_first_layer_is_written_where_its_bias_is_asked_for(written: list[Tensor]) -> None:
+    assert_as_alone(lambda: nn.Conv2d(4, 6, 3), (4, 3, 3))
+    assert len(written) == 2 * MEMBERS
+
+
+def test_where_nothing_else_is_asked_for_autograd_is(written: list[Tensor]) -> None:
+    def deep() -> nn.Module:
+        layers = (nn.Conv2d(4, 6, 3, bias=False), nn.Tanh(), nn.Conv2d(6, 5, 1, bias=False))
+        return nn.Sequential(*layers, nn.Tanh(), nn.Conv2d(5, 2, 1, bias=False))
+
+    assert_as_alone(deep, (4, 3, 3))
+    assert not written
+
+
+class Twice(nn.Module):
+    """One weight, two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(self.norm(x))))
+
+
+class Elsewhere(Twice):
+    """A weight that is used as it is besides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.norm(x)) + self.layer.weight.square().sum()
+
+
+class Hooked(Twice):
+    """A weight whose gradient a hook changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.register_hook(lambda grad: 2 * grad)
+        return self.layer(self.norm(x))
+
+
+class Checkpointed(Twice):
+    """A layer that runs again in the backward pass, which unpacks what it saved once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, self.norm(x), use_reentrant=False)
+
+
+class Computed(Twice):
+    """A weight that is computed of a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight - self.layer.weight.mean()
+        return nn.functional.conv2d(self.norm(x), weight, self.layer.bias, padding=1)
+
+
+@pytest.mark.parametrize("kind", [Twice, Elsewhere, Hooked, Checkpointed, Computed])
+def test_what_is_more_than_one_convolution_of_a_weight_is_left_to_autograd(
+    kind: type[nn.Module], written: list[Tensor]
+) -> None:
+    assert_as_alone(kind, (4, 1, 1))
+    assert not written
+
+
+class HookedOutput(Twice):
+    """An output whose gradient a hook changes: before it reaches the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.norm(x))
+        out.register_hook(lambda grad: 3 * grad)
+        return out.tanh()
+
+
+def test_hooks_of_the_output_come_first(written: list[Tensor]) -> None:
+    assert_as_alone(HookedOutput, (4, 1, 1))
+    assert written
+
+
+class _Stop(torch.autograd.Function):
+    """Tells the layers before nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+class Sometimes(nn.Module):
+    """Whether a gradient reaches the layer depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.head = nn.GroupNorm(1, 4), nn.Conv2d(4, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.norm(x)).flatten(1)
+        return self.head(_Stop.apply(out) if x.sum() > 0 else out)
+
+
+@pytest.mark.parametrize("signs", [(1, -1, -1), (-1, 1, -1), (1, 1, 1)])
+def test_a_member_without_a_gradient_has_zeros_where_others_have_one(signs: tuple[int, ...]) -> None:
+    ens = Ensemble.from_factory(Sometimes, range(MEMBERS), strategy="loop")
+    x = torch.rand(MEMBERS, 5, 4, 3, 3) * torch.tensor(signs).reshape(-1, 1, 1, 1, 1)
+    for _ in range(2):  # the memory of the second step's gradients was the first one's
+        ens.zero_grad()
+        ens.loss(squares, x, torch.zeros(MEMBERS, 5), own=True).sum().backward()
+        if signs == (1, 1, 1):
+            assert ens.stacked.layer.weight.grad is None
+            continue
+        reached = ens.stacked.layer.weight.grad.flatten(1).any(1)
+        assert reached.tolist() == [sign < 0 for sign in signs]
+
+
+def test_an_input_that_was_changed_in_place_is_an_error() -> None:
+    def forgetful(out: Tensor, target: Tensor) -> Tensor:
+        return squares(out, target)
+
+    class Changes(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            inner = self.norm(x).tanh()
+            out = self.layer(inner)
+            inner.mul_(2)
+            return out
+
+    ens = Ensemble.from_factory(Changes, range(MEMBERS), strategy="loop")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ens.loss(forgetful, torch.randn(5, 4, 1, 1), torch.randn(5))
+
+
+def test_an_input_that_wants_a_gradient_gets_it(written: list[Tensor]) -> None:
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    ens = Ensemble.from_factory(lambda: nn.Conv2d(4, 6, 3).double(), range(MEMBERS), strategy="loop")
+    y = torch.randn(5, dtype=torch.float64)
+    ens.loss(squares, x, y).sum().backward()
+    (expected,) = torch.autograd.grad(sum(squares(ens.member(k)(x), y) for k in range(MEMBERS)), x)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
+    assert len(written) == MEMBERS
+
+
+def test_nothing_of_a_step_stays(written: list[Tensor]) -> None:
+    ens = Ensemble.from_factory(lambda: nn.Conv2d(4, 6, 3), range(MEMBERS), strategy="loop")
+    before = eager._uses(ens.stacked.weight)
+    losses = ens.loss(squares, torch.randn(5, 4, 3, 3), torch.randn(5))
+    assert len(written) == MEMBERS
+    written.clear()
+    assert eager._uses(ens.stacked.weight) == before
+    losses.sum().backward()
+
+
+def test_a_pytorch_that_does_not_tell_of_hooks_is_not_relied_on(
+    monkeypatch: pytest.MonkeyPatch, written: list[Tensor]
+) -> None:
+    monkeypatch.setattr(in_place, "_UNPACK_HOOK", "not an attribute")
+    assert_as_alone(lambda: nn.Conv2d(4, 6, 3), (4, 3, 3))
+    assert not written
