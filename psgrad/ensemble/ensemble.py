@@ -224,8 +224,9 @@ class Ensemble(nn.Module):
             stacked = self.stacked
 
             def compute(k: int) -> Tensor:
-                output = inputs.of(k, own).given_to(stacked)
-                return fn(output, part_of(y, k) if own else y)
+                if own:
+                    return fn(inputs.part_given_to(stacked, k), part_of(y, k))
+                return fn(inputs.given_to(stacked), y)
 
             self.execution.note_loop(members, why)
             recorded = torch.is_grad_enabled()

@@ -41,8 +41,16 @@ class Arguments(tuple[Any, ...]):
 
     def given_to(self, module: nn.Module) -> Any:
         """Call a module with them."""
+        if not self.names:
+            return module(*self)
         args, named = self.split()
         return module(*args, **named)
+
+    def part_given_to(self, module: nn.Module, k: int) -> Any:
+        """Call a module with member k's part of them."""
+        if not self.names:
+            return module(*[part_of(value, k) for value in self])
+        return self.of(k, True).given_to(module)
 
 
 def arguments_of(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> Arguments:
