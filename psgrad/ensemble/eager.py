@@ -176,7 +176,7 @@ class _Gradients:
             The leaves that autograd is to be asked for.
 
         """
-        large = {leaf: i for i, leaf in enumerate(leaves) if leaf.nbytes >= _LARGE and not leaf.is_cuda}
+        large = {leaf: i for i, leaf in enumerate(leaves) if leaf.nbytes >= _LARGE}
         if not large:
             return list(leaves)
 
@@ -184,7 +184,8 @@ class _Gradients:
             self._early.add(large[leaf])
             return self._place(k, large[leaf], leaf)
 
-        written = write_in_place(nodes, large, place)
+        on_cpu = {leaf for leaf in large if leaf.device.type == "cpu"}  # where it was measured
+        written = write_in_place(nodes, on_cpu, place)
         for leaf, i in large.items():
             if leaf not in written:  # hooks of the forward pass come before: what they make of it is copied
                 leaf.register_hook(partial(self._copied, k, i))

@@ -1,10 +1,10 @@
-"""Weight gradients of convolutions that are written straight into their place in the stack.
+"""Weight gradients that are written straight into their place in the stack, which autograd cannot.
 
-The weights of a network's last convolutions are large and meet few positions, so that their gradient is
-mostly memory to be written, and one matrix product, which writes anywhere. Autograd would have the backend
-write it in the backend's own order, bring it into the weight's, and leave the copy to us. With 512 channels,
-a kernel of 3 x 3, one to four positions and four images (two cores, Zen 4) the product took 0.5 to 0.6 of
-the time of that, 0.6 to 0.75 of a plain loop's, which copies nothing.
+Where the sum over the batch is one matrix product, the product writes anywhere: of a linear layer always, of
+a convolution where it meets few positions, as the last ones of a network do, which hold most of its weights.
+Autograd would make the gradient in memory of its own, for a convolution first in the backend's order, and
+leave the copy to us. With 512 channels, a kernel of 3 x 3, one to four positions and four images (two cores,
+Zen 4) the product took 0.5 to 0.6 of the time of that, 0.6 to 0.75 of a plain loop's, which copies nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from psgrad.conv.geometry import ConvGeometry
 from psgrad.conv.ordinary import write_ordinary_weight_grad, writes_anywhere
 from psgrad.conv.problem import normalise, problem_of
+from psgrad.conv.products import product
 from psgrad.graph import leaves_among, nodes_behind
 
 __all__ = ["write_in_place"]
@@ -27,7 +28,25 @@ __all__ = ["write_in_place"]
 Place = Callable[[Tensor], Tensor]
 """Where the gradient of a weight belongs: memory of its shape, contiguous."""
 
+Write = Callable[[Tensor, Tensor], None]
+"""Writes a weight's gradient, of the output's gradient, into a place."""
+
 _UNPACK_HOOK = "unpack_hook"
+
+_CALLS = {
+    "ConvolutionBackward0": (1, "input"),
+    "AddmmBackward0": (2, "mat1"),
+    "MmBackward0": (1, "self"),
+}
+"""By the name of a node: where its weight stands, and what its input is saved as."""
+
+
+class _Call(NamedTuple):
+    """A node whose weight's gradient can be written."""
+
+    node: Any
+    others: list[Any]  # that it leads to, but for the weight
+    write: Write
 
 
 def write_in_place(nodes: Sequence[Any], weights: Collection[Tensor], place: Place) -> set[Tensor]:
@@ -52,41 +71,77 @@ def write_in_place(nodes: Sequence[Any], weights: Collection[Tensor], place: Pla
 
     """
     leaves = {node for node in nodes if getattr(node, "variable", None) in weights}
-    uses = Counter(leaf for node in nodes for leaf, _ in node.next_functions if leaf in leaves)
-    found: dict[Tensor, tuple[Any, ConvGeometry]] = {}
+    transposed = {
+        node for node in nodes if node.name() == "TBackward0" and node.next_functions[0][0] in leaves
+    }
+    ways = leaves | transposed
+    uses = Counter(following for node in nodes for following, _ in node.next_functions if following in ways)
+    found: dict[Tensor, _Call] = {}
     for node in nodes:
-        if node.name() != "ConvolutionBackward0":
+        if node.name() not in _CALLS:
             continue
-        leaf = node.next_functions[1][0]
-        if uses[leaf] == 1 and not leaf.variable._backward_hooks:
-            geometry = _geometry(node, leaf.variable)
-            if geometry is not None:
-                found[leaf.variable] = node, geometry
-    written = {weight for weight, (node, _) in found.items() if _is_reached(node, found)}
+        others = [following for following, _ in node.next_functions]
+        way = others.pop(_CALLS[node.name()][0])
+        leaf = way.next_functions[0][0] if way in transposed else way
+        if uses[way] == uses[leaf] == 1 and not leaf.variable._backward_hooks:
+            write = _writer(node, leaf.variable, way in transposed)
+            if write is not None:
+                found[leaf.variable] = _Call(node, others, write)
+    written = {weight for weight, call in found.items() if _leads_to_others(call, found)}
     for weight in written:
-        node, geometry = found[weight]
-        # not the node, which would hold itself; that its input is still what it was, it sees to
-        node.register_prehook(partial(_write, node._saved_input.detach(), geometry, weight, place))
+        found[weight].node.register_prehook(partial(_write, found[weight].write, weight, place))
     return written
 
 
-def _write(
-    x: Tensor, geometry: ConvGeometry, weight: Tensor, place: Place, grads: tuple[Tensor | None, ...]
-) -> None:
+def _write(write: Write, weight: Tensor, place: Place, grads: tuple[Tensor | None, ...]) -> None:
     (grad,) = grads
     if grad is not None:
-        x, grad, problem = normalise(x, grad, weight.shape, geometry)
-        write_ordinary_weight_grad(x, grad, problem, place(weight))
+        write(grad, place(weight))
 
 
-def _geometry(node: Any, weight: Tensor) -> ConvGeometry | None:
-    """Return the convolution's, if its weight gradient is one product, and its input lies open."""
+def _leads_to_others(call: _Call, weights: Collection[Tensor]) -> bool:
+    """Whether a backward pass goes through a call that is asked for none of these weights.
+
+    It goes where there is something to be found: in the input or the bias, or behind.
+    """
+    return any(leaf not in weights for leaf in leaves_among(nodes_behind(call.others)))
+
+
+def _writer(node: Any, weight: Tensor, transposed: bool) -> Write | None:
+    """Return what writes the weight's gradient, if it is one product, and the input lies open."""
+    _, saved = _CALLS[node.name()]
     # what a hook unpacks (a checkpoint's) it may unpack once; a PyTorch that does not tell may have one
-    if getattr(node._raw_saved_input, _UNPACK_HOOK, node) is not None:
+    if getattr(getattr(node, f"_raw_saved_{saved}"), _UNPACK_HOOK, node) is not None:
         return None
-    x = node._saved_input
+    x = getattr(node, f"_saved_{saved}")
     if type(x) is not Tensor:
         return None
+    # not the node, which would hold itself; that its input is still what it was, it sees to
+    x = x.detach()
+    if saved == "input":
+        geometry = _geometry(node, x, weight)
+        return None if geometry is None else partial(_write_convolution, x, geometry)
+    if getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    return partial(_write_linear if transposed else _write_product, x)
+
+
+def _write_linear(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """N O, N I -> O I."""
+    product(grad.mT, x, out)
+
+
+def _write_product(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """N I, N O -> I O."""
+    product(x.mT, grad, out)
+
+
+def _write_convolution(x: Tensor, geometry: ConvGeometry, grad: Tensor, out: Tensor) -> None:
+    x, grad, problem = normalise(x, grad, out.shape, geometry)
+    write_ordinary_weight_grad(x, grad, problem, out)
+
+
+def _geometry(node: Any, x: Tensor, weight: Tensor) -> ConvGeometry | None:
     settings = (
         node._saved_stride,
         node._saved_padding,
@@ -107,12 +162,3 @@ def _geometry_of_product(
     out_shape = (x_shape[0], channels, *geometry.output_size(x_shape[2:]))
     x, grad = (torch.empty((), dtype=dtype).expand(shape) for shape in (x_shape, out_shape))
     return geometry if writes_anywhere(problem_of(x, grad, weight_shape, geometry)) else None
-
-
-def _is_reached(node: Any, excepted: Collection[Tensor]) -> bool:
-    """Whether a backward pass goes through a convolution that is asked for none of these.
-
-    It goes where there is something to be found: in the input or the bias, or behind.
-    """
-    of_input, _, *of_bias = (following for following, _ in node.next_functions)
-    return any(leaf not in excepted for leaf in leaves_among(nodes_behind([of_input, *of_bias])))

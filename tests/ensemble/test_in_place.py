@@ -1,4 +1,4 @@
-"""Weight gradients that are written into the stack: every kind of convolution, and all that must not be."""
+"""Weight gradients that are written into the stack: all kinds of layers, and what must be left alone."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     weights: list[Tensor] = []
     write = in_place._write
 
-    def noted(x: Tensor, geometry: Any, weight: Tensor, *rest: Any) -> None:
+    def noted(how: Any, weight: Tensor, *rest: Any) -> None:
         weights.append(weight)
-        write(x, geometry, weight, *rest)
+        write(how, weight, *rest)
 
     monkeypatch.setattr(in_place, "_write", noted)
     return weights
@@ -74,6 +74,100 @@ def assert_as_alone(
                 assert (p.grad is None) == (stacked.grad is None), name
                 if p.grad is not None:
                     torch.testing.assert_close(stacked.grad[k], p.grad, rtol=1e-12, atol=1e-12)
+
+
+class Times(nn.Module):
+    """`x @ weight` of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(4, 6)), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) @ self.weight
+
+
+class Scaled(Times):
+    """A product that is scaled as it is made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(x.new_zeros(6), self.norm(x), self.weight, alpha=0.5)
+
+
+LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 6), (4,)),
+    "without bias": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6, bias=False)), (4,)),
+    "tokens": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6)), (3, 4)),
+    "tokens, without bias": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6, bias=False)), (3, 4)),
+    "x @ weight": (Times, (4,)),
+    "tokens @ weight": (Times, (3, 4)),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_product_is_written(name: str, samples: int, written: list[Tensor]) -> None:
+    layer, shape = LINEAR[name]
+    assert_as_alone(layer, shape, samples=samples)
+    assert len(written) == 2 * MEMBERS
+
+
+def test_two_layers_are_written_apart_from_each_other(written: list[Tensor]) -> None:
+    assert_as_alone(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), (4,))
+    assert len(written) == 4 * MEMBERS
+
+
+class TwiceLinear(nn.Module):
+    """One weight, two calls: through a transposition each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
+class TransposedOnce(TwiceLinear):
+    """One weight, one transposition, two products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight.t()
+        return torch.addmm(self.layer.bias, torch.addmm(self.layer.bias, x, weight).tanh(), weight)
+
+
+class Tied(nn.Module):
+    """One weight in two layers, transposed in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Linear(4, 6), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x).tanh(), self.first.weight.t(), self.bias)
+
+
+class BilinearForm(nn.Module):
+    """A weight on the left of a product, and one on its right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.left @ self.right)
+
+
+@pytest.mark.parametrize("kind", [TwiceLinear, TransposedOnce, Tied, Scaled])
+def test_a_weight_of_several_products_or_a_scaled_one_is_left_to_autograd(
+    kind: type[nn.Module], written: list[Tensor]
+) -> None:
+    assert_as_alone(kind, (4,))
+    assert not written
+
+
+def test_a_product_of_two_weights_is_right() -> None:
+    assert_as_alone(BilinearForm, (4,))
 
 
 @pytest.mark.parametrize("samples", [1, 5])
