@@ -114,8 +114,8 @@ def _writer(node: Any, weight: Tensor, transposed: bool) -> Write | None:
     if getattr(getattr(node, f"_raw_saved_{saved}"), _UNPACK_HOOK, node) is not None:
         return None
     x = getattr(node, f"_saved_{saved}")
-    if type(x) is not Tensor:
-        return None
+    if type(x) is not Tensor or not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+        return None  # of complex numbers it would be a product with conjugates
     # not the node, which would hold itself; that its input is still what it was, it sees to
     x = x.detach()
     if saved == "input":

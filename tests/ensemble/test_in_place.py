@@ -299,20 +299,67 @@ def test_a_member_without_a_gradient_has_zeros_where_others_have_one(signs: tupl
         assert reached.tolist() == [sign < 0 for sign in signs]
 
 
-def test_an_input_that_was_changed_in_place_is_an_error() -> None:
-    def forgetful(out: Tensor, target: Tensor) -> Tensor:
-        return squares(out, target)
+class Changes(Twice):
+    """Writes to what a convolution has saved."""
 
-    class Changes(Twice):
-        def forward(self, x: Tensor) -> Tensor:
-            inner = self.norm(x).tanh()
-            out = self.layer(inner)
-            inner.mul_(2)
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(x).tanh()
+        out = self.layer(inner)
+        inner.mul_(2)
+        return out
 
-    ens = Ensemble.from_factory(Changes, range(MEMBERS), strategy="loop")
+
+class ChangesLinear(TwiceLinear):
+    """Writes to what a linear layer has saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.tanh() * self.layer.bias.sum()
+        out = self.layer(inner)
+        inner.mul_(2)
+        return out
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(Changes, (4, 1, 1)), (ChangesLinear, (4,))])
+def test_an_input_that_was_changed_in_place_is_an_error(
+    kind: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    ens = Ensemble.from_factory(kind, range(MEMBERS), strategy="loop")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        ens.loss(forgetful, torch.randn(5, 4, 1, 1), torch.randn(5))
+        ens.loss(squares, torch.randn(5, *shape), torch.randn(5))
+
+
+class Complex(nn.Module):
+    """Complex weights, whose gradients are products with conjugates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(4, 6, dtype=torch.cfloat), nn.Conv1d(6, 5, 1, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(self.conv(self.linear(torch.complex(x, x * x)).unsqueeze(2)))
+
+
+def test_complex_weights_are_left_to_autograd(written: list[Tensor]) -> None:
+    ens = Ensemble.from_factory(Complex, range(MEMBERS), strategy="loop")
+    x, y = torch.randn(5, 4), torch.randn(5)
+    ens.loss(squares, x, y).sum().backward()
+    for k in range(MEMBERS):
+        alone = ens.member(k)
+        squares(alone(x), y).backward()
+        for p, stacked in zip(alone.parameters(), ens.parameters(), strict=True):
+            torch.testing.assert_close(stacked.grad[k], p.grad)
+    assert not written
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(4, 6), lambda: nn.Conv1d(4, 6, 1)])
+def test_of_no_sample_they_are_zero(layer: Callable[[], nn.Module], written: list[Tensor]) -> None:
+    ens = Ensemble.from_factory(layer, range(MEMBERS), strategy="loop")
+    x = torch.randn(0, *((4,) if isinstance(ens.stacked, nn.Linear) else (4, 1)))
+    ens.loss(
+        lambda out, target: (out.flatten(1).sum(1) - target).square().sum(), x, torch.randn(0)
+    ).sum().backward()
+    assert not ens.stacked.weight.grad.any()
+    assert len(written) == MEMBERS
 
 
 def test_an_input_that_wants_a_gradient_gets_it(written: list[Tensor]) -> None:
