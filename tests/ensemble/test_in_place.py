@@ -178,6 +178,53 @@ def test_a_convolution_with_one_position_is_written(name: str, samples: int, wri
     assert len(written) == 2 * MEMBERS
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "every other": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+class Laid(nn.Module):
+    """Gives layers an input, and gets their output's gradient, in some memory layout."""
+
+    def __init__(self, layer: nn.Module, layout: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.scale, self.layout = layer, nn.Parameter(torch.ones(())), layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.layout(x * self.scale))
+        out.register_hook(self.layout)
+        return out.tanh()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [*ONE_POSITION, "linear", "tokens"])
+def test_every_memory_layout_is_written(name: str, layout: str, written: list[Tensor]) -> None:
+    layer, shape = LINEAR[name] if name in LINEAR else ONE_POSITION[name]
+    assert_as_alone(lambda: Laid(layer(), LAYOUTS[layout]), shape)
+    assert len(written) == 2 * MEMBERS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["2-D", "groups", "transposed", "linear", "tokens"])
+def test_gradients_of_every_precision_are_those_of_autograd(
+    name: str, dtype: torch.dtype, written: list[Tensor]
+) -> None:
+    layer, shape = LINEAR[name] if name in LINEAR else ONE_POSITION[name]
+    ens = Ensemble.from_factory(lambda: Laid(layer(), torch.clone).to(dtype), range(MEMBERS), strategy="loop")
+    x, y = torch.randn(5, *shape, dtype=dtype), torch.randn(5, dtype=dtype)
+    ens.loss(squares, x, y).sum().backward()
+    assert len(written) == MEMBERS
+    for k in range(MEMBERS):
+        alone = ens.member(k)
+        squares(alone(x), y).backward()
+        for p, stacked in zip(alone.parameters(), ens.parameters(), strict=True):
+            assert stacked.grad.dtype == dtype
+            error = float((stacked.grad[k] - p.grad).double().norm())
+            assert error <= 4 * torch.finfo(dtype).eps * float(p.grad.double().norm())
+
+
 def test_many_positions_are_left_to_autograd(written: list[Tensor]) -> None:
     assert_as_alone(lambda: nn.Sequential(nn.GroupNorm(1, 4), nn.Conv2d(4, 6, 3)), (4, 12, 11))
     assert not written
